@@ -1,0 +1,50 @@
+# make train   set up $(VENV), train the smallest preset on the embedded text, fill a mask, draw the curves
+# make test    set up $(VENV) with the development tools and run the tests
+# make lint    ruff, mypy and clang-format, changing nothing      make format   the same, mending what they can
+# make VENV=path/to/env ... uses that environment; a torch that is already importable there is kept.
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/embbert.yaml
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+RUN := runs/$(basename $(notdir $(CONFIG)))
+CXX_SOURCES = find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh'
+
+.PHONY: train test lint format
+
+train: $(VENV)/.installed
+	$(BIN)/ultrazoo train $(CONFIG) --resume auto
+	$(BIN)/ultrazoo fill-mask $(RUN) "The king of [MASK]"
+	$(BIN)/ultrazoo plot $(RUN)
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(CXX_SOURCES) | xargs -r $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(CXX_SOURCES) | xargs -r $(BIN)/clang-format -i
+
+# A system-wide torch (a container image, say) is taken over by the new environment.
+$(BIN)/python:
+	$(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
+
+$(VENV)/.torch: torch.txt | $(BIN)/python
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install -r torch.txt
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(wildcard setup.py)
+	$(PIP) install -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml $(wildcard setup.py)
+	$(PIP) install -e '.[dev]'
+	touch $(VENV)/.installed $@

@@ -1,0 +1,156 @@
+"""The config: names, errors, overrides, origins, and values that cannot act."""
+
+import json
+
+import pytest
+
+from ultrazoo.config import Config, ModelConfig, block_config, config_from_dict, json_schema, load_config
+from ultrazoo.errors import ConfigError, UnknownNameError
+from ultrazoo.registry import registry
+
+SMALL = "model: {hidden_size: 32, num_heads: 4, num_layers: 2, ffn_hidden_size: 64, vocab_size: 100}\n"
+
+
+def write(tmp_path, text):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems(tmp_path, text, *overrides):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text), overrides)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_every_problem_of_a_file_is_shown_at_once(tmp_path):
+    text = "model:\n  num_headz: 4\n  hidden_size: wide\n  dropout: 1.5\ntraining:\n  batch_size: 0\n  learning_rat: 1\n"
+    message = problems(tmp_path, text)
+    assert "5 problem(s)" in message
+    assert "model.num_headz: unknown field; did you mean 'num_heads'?" in message
+    assert "model.hidden_size: got 'wide'; expected a valid integer" in message or "model.hidden_size: got 'wide'" in message
+    assert "model.dropout: got 1.5" in message
+    assert "training.batch_size: got 0" in message
+    assert "training.learning_rat: unknown field; did you mean 'learning_rate'?" in message
+
+
+def test_unknown_section_is_named(tmp_path):
+    assert "trainin: unknown field; did you mean 'training'?" in problems(tmp_path, "trainin: {}\n")
+
+
+def test_unknown_block_names_its_place_and_the_nearest(tmp_path):
+    message = problems(tmp_path, "model: {layer_pattern: [standard_attn, retnt]}\n")
+    assert "model.layer_pattern[1]: unknown name 'retnt'; did you mean 'retnet'?" in message
+    assert "known: " in message
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("use_embedding_conv: true", "model.use_embedding_conv: got true with use_factorized_embedding false"),
+        ("use_moe: true, num_experts: 2, top_k_experts: 3", "top_k_experts"),
+        ("hidden_size: 100, num_heads: 12", "num_heads"),
+        ("hidden_size: 96, retention_heads: 5, layer_pattern: [retnet]", "retention_heads"),
+        ("use_hope: true", "model.use_hope: got true, but no block of layer_pattern"),
+        ("position_embedding: rope, layer_pattern: [mamba]", "model.position_embedding: got 'rope', but no block"),
+        ("use_factorized_embedding: true, factorized_embedding_dim: 768", "model.factorized_embedding_dim: got 768"),
+        ("block_options: {mamba: {d_state: 8}}", "model.block_options.mamba: no layer uses this block"),
+        ("layer_pattern: [mamba], block_options: {mamba: {d_stat: 8}}", "mamba.d_stat: unknown field; did you mean 'd_state'?"),
+        ("layer_pattern: [mamba], block_options: {mamba: {hidden_size: 8}}", "set it as model.hidden_size"),
+        ("use_moe: true, ffn_type: moe", "model.ffn_type: got 'moe' with use_moe true"),
+        ("norm_type: batch_norm", "model.norm_type: unknown name 'batch_norm'"),
+        ("layer_pattern: []", "model.layer_pattern: got []"),
+        ("norm_eps: .nan", "model.norm_eps"),
+        ("dropout: .inf", "model.dropout"),
+    ],
+)
+def test_a_field_that_cannot_act_or_is_out_of_range_is_an_error(tmp_path, model, message):
+    assert message in problems(tmp_path, f"model: {{{model}}}\n")
+
+
+def test_mini_always_factorises(tmp_path):
+    assert load_config(write(tmp_path, "model_class: mini\n")).config.model.use_factorized_embedding
+    text = "model_class: mini\nmodel: {use_factorized_embedding: false}\n"
+    assert "model.use_factorized_embedding: got false with model_class mini" in problems(tmp_path, text)
+
+
+def test_values_without_effect_are_told_by_name(tmp_path):
+    text = "model: {ode_steps: 4, hope_base: 500, num_experts: 8}\ntraining: {galore_rank: 8, num_epochs: 2, max_steps: 5}\n"
+    notices = "\n".join(load_config(write(tmp_path, text)).notices)
+    for field in ("model.ode_steps", "model.hope_base", "model.num_experts", "training.galore_rank", "training.num_epochs"):
+        assert field in notices
+    assert "model.ode_steps: has no effect without one of: ode" in notices
+    assert load_config(write(tmp_path, SMALL)).notices == []
+
+
+def test_positions_default_to_rope_unless_hope_serves_every_layer():
+    small = {"hidden_size": 32, "num_heads": 4}
+    assert ModelConfig(**small).position_embedding == "rope"
+    assert ModelConfig(**small, layer_pattern=["titan_attn"], use_hope=True).position_embedding == "none"
+    assert ModelConfig(**small, layer_pattern=["titan_attn", "standard_attn"], use_hope=True).position_embedding == "rope"
+    assert ModelConfig(**small, position_embedding="none").position_embedding == "none"
+
+
+def test_overrides_win_and_origins_are_told(tmp_path):
+    loaded = load_config(
+        write(tmp_path, SMALL + "training: {seed: 3}\n"),
+        ["training.batch_size=8", "training.learning_rate=3e-4", "model.layer_pattern=[mamba, retnet]", "model.retention_heads=2"],
+    )
+    config = loaded.config
+    assert (config.training.batch_size, config.training.learning_rate) == (8, 3e-4)
+    assert config.model.layer_pattern == ("mamba", "retnet")
+    assert loaded.origins["training.batch_size"] == "command line"
+    assert loaded.origins["model.layer_pattern"] == "command line"
+    assert loaded.origins["training.seed"] == "file"
+    assert loaded.origins["model.dropout"] == "default"
+    assert set(loaded.origins) >= {f"training.{name}" for name in type(config.training).model_fields}
+
+
+@pytest.mark.parametrize("item", ["training.batch_size", "=4", "training..x=1", "training.seed.x=1"])
+def test_malformed_override_is_a_config_error(tmp_path, item):
+    assert "--set" in problems(tmp_path, SMALL + "training: {seed: 3}\n", item) or item == "training.seed.x=1"
+
+
+def test_override_of_a_field_that_does_not_exist(tmp_path):
+    assert "training.batch_sise: unknown field; did you mean 'batch_size'?" in problems(tmp_path, "", "training.batch_sise=4")
+
+
+def test_missing_file_and_unknown_preset(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(UnknownNameError, match="did you mean 'embbert'"):
+        load_config("embert")
+    assert load_config("embbert").name == "embbert"
+
+
+def test_resolved_config_round_trips_through_yaml(tmp_path):
+    first = load_config("mini").config
+    again = load_config(write(tmp_path, first.to_yaml())).config
+    assert again == first
+    assert config_from_dict(json.loads(json.dumps(first.to_dict())), "checkpoint") == first
+
+
+def test_configs_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        Config().model.hidden_size = 3
+
+
+def test_block_options_reach_the_block():
+    model = ModelConfig(hidden_size=32, layer_pattern=["mamba"], block_options={"mamba": {"d_state": 4}})
+    options = block_config(registry().block("mixer", "mamba"), model)
+    assert (options.hidden_size, options.d_state) == (32, 4)
+
+
+def test_schema_lists_blocks_options_and_fields():
+    schema = json_schema()
+    model = schema["definitions"]["ModelConfig"]["properties"]
+    assert set(model["layer_pattern"]["items"]["enum"]) == set(registry().mixers())
+    assert set(model["norm_type"]["enum"]) == set(registry().blocks("norm"))
+    assert "d_state" in model["block_options"]["properties"]["mamba"]["properties"]
+    assert "hidden_size" not in model["block_options"]["properties"]["mamba"]["properties"]
+    assert schema["definitions"]["TrainingConfig"]["properties"]["batch_size"]["default"] == 32
+    assert schema["$schema"].endswith("draft-07/schema#")
+    for field in (*ModelConfig.model_fields, *type(Config().training).model_fields):
+        parts = {**model, **schema["definitions"]["TrainingConfig"]["properties"]}
+        assert parts[field].get("description"), field

@@ -1,0 +1,171 @@
+"""A YAML file and ``--set`` overrides -> a validated config, with the origin of every value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ultrazoo.config.model import ModelConfig
+from ultrazoo.config.problems import ProblemsError, problems_of
+from ultrazoo.config.training import TrainingConfig
+from ultrazoo.config.yaml import dump_yaml, parse_yaml
+from ultrazoo.errors import ConfigError, UnknownNameError, did_you_mean
+from ultrazoo.registry import registry
+
+
+class Config(BaseModel):
+    """A whole configuration file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model_class: Literal["frankenstein", "mini"] = Field(
+        "frankenstein", description="mini: factorised embeddings always; frankenstein: as the model section says."
+    )
+    model: ModelConfig = Field(default_factory=ModelConfig, description="Shape and parts of the encoder.")
+    training: TrainingConfig = Field(default_factory=TrainingConfig, description="Data, optimisation and reports.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mini(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("model_class") == "mini":
+            model = data.get("model", {})
+            if isinstance(model, dict):
+                return {**data, "model": {"use_factorized_embedding": True, **model}}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        lines = []
+        if self.model_class == "mini" and not self.model.use_factorized_embedding:
+            lines.append(
+                "model.use_factorized_embedding: got false with model_class mini, which always factorises; "
+                "set model_class to frankenstein, or remove the field"
+            )
+        limit = self.model.max_position_embeddings
+        if self.model.position_embedding == "learned" and self.training.max_length > limit:
+            lines.append(
+                f"training.max_length: got {self.training.max_length}, expected at most "
+                f"model.max_position_embeddings {limit}; raise that, or shorten the rows"
+            )
+        if lines:
+            raise ProblemsError(lines)
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the resolved values as plain data for YAML or JSON."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """Return the resolved values as YAML that loads to the same config."""
+        return dump_yaml(self.to_dict())
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A config, the name of its file, and where each value came from (dotted path -> default, file, command line)."""
+
+    config: Config
+    name: str
+    origins: dict[str, str]
+    notices: list[str]
+
+
+def load_config(source: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Read a config file or a preset, apply ``path=value`` overrides and validate the whole.
+
+    Args:
+        source: Path of a YAML file, or the name of a preset.
+        overrides: Items such as ``training.batch_size=8``; values are YAML.
+
+    Raises:
+        ConfigError: Every problem of the file and the overrides, one line each.
+    """
+    path = _find(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}; expected a YAML file") from error
+    data = parse_yaml(text, str(path))
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: got {type(data).__name__}, expected sections model_class, model and training")
+    from_file = set(_leaves(data))
+    overridden = [_apply(data, item) for item in overrides]
+    config = config_from_dict(data, str(path))
+    changed = {
+        path for dotted in overridden for path in _leaves(config.to_dict()) if (path + ".").startswith(dotted + ".")
+    }
+    origins = {}
+    for leaf in _leaves(config.to_dict()):
+        given = leaf in from_file or any((leaf + ".").startswith(item + ".") for item in from_file)
+        origins[leaf] = "command line" if leaf in changed else "file" if given else "default"
+    notices = [
+        line
+        for line in config.model.notices() + config.training.notices()
+        if origins.get(line.split(":")[0]) != "default"
+    ]
+    return LoadedConfig(config=config, name=path.stem, origins=origins, notices=notices)
+
+
+def config_from_dict(data: Mapping[str, Any], where: str) -> Config:
+    """Validate plain data, such as a checkpoint's config.
+
+    Raises:
+        ConfigError: Every problem, one line each, under the name ``where``.
+    """
+    try:
+        return Config.model_validate(dict(data))
+    except ValidationError as error:
+        known: dict[str, Any] = {
+            "model_class": {},
+            "model": {key: {} for key in ModelConfig.model_fields},
+            "training": {key: {} for key in TrainingConfig.model_fields},
+        }
+        lines = problems_of(error, "", known)
+        raise ConfigError("\n".join([f"{where}: {len(lines)} problem(s)", *(f"  {line}" for line in lines)])) from error
+
+
+def _find(source: str | Path) -> Path:
+    path = Path(source)
+    if path.exists():
+        if path.is_dir():
+            raise ConfigError(f"{path}: is a folder, expected a YAML file or the name of a preset")
+        return path
+    presets = registry().presets()
+    if str(source) in presets:
+        return presets[str(source)].path
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        hint = did_you_mean(path.stem, presets)
+        raise ConfigError(f"{path}: no such file; {hint}presets that need no path: {', '.join(presets)}")
+    raise UnknownNameError("config", str(source), presets)
+
+
+def _apply(data: dict[str, Any], item: str) -> str:
+    """Set one ``a.b=value`` in nested data and return its dotted path."""
+    dotted, equals, text = item.partition("=")
+    parts = dotted.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"--set {item!r}: expected path=value, for example training.batch_size=8")
+    level = data
+    for depth, part in enumerate(parts[:-1]):
+        if not isinstance(level.get(part), dict):
+            if part in level and level[part] is not None:
+                raise ConfigError(f"--set {item!r}: {'.'.join(parts[: depth + 1])} is a value, not a section")
+            level[part] = {}
+        level = level[part]
+    level[parts[-1]] = parse_yaml(text, f"--set {dotted}")
+    return ".".join(parts)
+
+
+def _leaves(data: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted paths of the values in nested data; an empty mapping is a value."""
+    found = []
+    for key, value in data.items():
+        path = f"{prefix}{key}"
+        found += _leaves(value, f"{path}.") if isinstance(value, dict) and value else [path]
+    return found

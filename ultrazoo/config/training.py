@@ -1,0 +1,119 @@
+"""The training section: data, optimisation, checkpoints and reports."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ultrazoo.config.problems import ProblemsError
+
+SWITCHED = {
+    "galore_rank": "use_galore",
+    "galore_update_interval": "use_galore",
+    "galore_scale": "use_galore",
+    "galore_max_dim": "use_galore",
+    "gradient_log_interval": "log_gradient_stats",
+}
+"""Fields that act only when a switch is on."""
+
+
+class TrainingConfig(BaseModel):
+    """One pretraining run: masked language modelling from Parquet."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # data
+    local_parquet_dir: str | None = Field(None, description="Parquet file, folder or glob; unset: the embedded corpus.")
+    text_column: str = Field("text", description="Column that holds the text.")
+    tokenizer: str | None = Field(
+        None, description="Path of a tokenizer.json; unset: trained from the data, then cached."
+    )
+    max_length: int = Field(128, ge=8, description="Tokens per row.")
+    max_samples: int | None = Field(None, ge=1, description="Most Parquet rows to use.")
+    mlm_probability: float = Field(0.15, gt=0, lt=1, description="Share of tokens to predict.")
+    whole_word_masking: bool = Field(False, description="Mask whole words.")
+    pack_sequences: bool = Field(True, description="Several documents per row, kept apart by segments.")
+    shuffle: bool = Field(True, description="Shuffle by seed; false keeps the files' order.")
+    dataset_batch_size: int = Field(
+        1024, ge=1, description="Parquet rows read and tokenised at once: a shuffle window."
+    )
+    num_workers: int = Field(2, ge=1, description="Threads that tokenise.")
+    dataloader_workers: int = Field(0, ge=0, description="Processes that read, tokenise and pack ahead; 0: none.")
+    cache_dir: str | None = Field(None, description="Folder of tokenised shards and trained tokenizers.")
+    prefer_local_cache: bool = Field(True, description="Use a complete cache of this very data; false rebuilds it.")
+    stream_local_parquet: bool = Field(False, description="Train while reading; false tokenises everything first.")
+    validation_fraction: float = Field(0.02, gt=0, lt=0.5, description="Share of rows held out.")
+
+    # steps
+    batch_size: int = Field(32, ge=1, description="Rows per micro-batch.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per optimiser step.")
+    num_epochs: float = Field(1.0, gt=0, description="Passes over the data, when neither limit below is set.")
+    max_steps: int | None = Field(None, ge=1, description="Optimiser steps.")
+    max_minutes: float | None = Field(None, gt=0, description="Minutes of training; the schedule follows the clock.")
+    seed: int = Field(0, ge=0, description="Seed of weights, order, masks and dropout.")
+
+    # optimisation
+    optimizer: Literal["adamw"] = Field("adamw", description="Optimiser.")
+    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate.")
+    lr_schedule: Literal["linear", "cosine", "wsd", "constant"] = Field(
+        "linear", description="Shape after the warm-up."
+    )
+    warmup_ratio: float = Field(0.06, ge=0, lt=1, description="Share of the run spent warming up.")
+    decay_ratio: float = Field(0.2, gt=0, le=1, description="Share of the run that wsd spends decaying.")
+    min_learning_rate_ratio: float = Field(0.0, ge=0, le=1, description="Last learning rate over the peak.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
+    adam_beta2: float = Field(0.98, ge=0, lt=1, description="Decay of the second moment.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Epsilon of AdamW.")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled decay of weight matrices.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip the total gradient norm to this; 0: no clipping.")
+    use_galore: bool = Field(False, description="Optimiser state of linear weights in a low-rank space.")
+    galore_rank: int = Field(128, ge=1, description="Rank of that space.")
+    galore_update_interval: int = Field(200, ge=1, description="Steps between new projections (1: an SVD every step).")
+    galore_scale: float = Field(0.25, gt=0, description="Factor on the projected-back update.")
+    galore_max_dim: int = Field(4096, ge=1, description="Weights with a longer side stay on plain AdamW.")
+
+    # machine
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps.")
+    num_threads: int | None = Field(None, ge=1, description="Threads of torch on the CPU; unset: torch's choice.")
+    kernels: Literal["auto", "compiled", "reference"] = Field("auto", description="Which kernels the ops run on.")
+    use_amp: bool = Field(False, description="Mixed precision: bfloat16, or float16 with scaling where it is missing.")
+
+    # checkpoints and reports
+    output_dir: str | None = Field(None, description="Run folder; unset: runs/<name of the config>.")
+    checkpoint_every_n_steps: int = Field(500, ge=1, description="Steps between checkpoints.")
+    max_rolling_checkpoints: int = Field(3, ge=0, description="Most recent checkpoints to keep.")
+    num_best_checkpoints: int = Field(1, ge=0, description="Best checkpoints to keep, by validation loss.")
+    eval_every_n_steps: int = Field(500, ge=1, description="Steps between validations.")
+    eval_max_batches: int = Field(50, ge=1, description="Most batches per validation.")
+    log_every_n_steps: int = Field(10, ge=1, description="Steps between records in metrics.jsonl.")
+    nan_check_interval: int = Field(10, ge=1, description="Steps between checks of loss and gradients for NaN and Inf.")
+    log_gradient_stats: bool = Field(False, description="Record gradient statistics per block.")
+    gradient_log_interval: int = Field(10, ge=1, description="Steps between those records.")
+    report_to: tuple[Literal["tensorboard"], ...] = Field((), description="Further trackers.")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        lines = []
+        if self.lr_schedule == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
+            lines.append(
+                f"training.decay_ratio: got {self.decay_ratio} with warmup_ratio {self.warmup_ratio}; "
+                "expected a sum of at most 1"
+            )
+        if lines:
+            raise ProblemsError(lines)
+        return self
+
+    def notices(self) -> list[str]:
+        """Values that were set by hand and have no effect on this run, each with the reason."""
+        fields = sorted(self.model_fields_set)
+        lines = [
+            f"training.{name}: has no effect while {SWITCHED[name]} is false"
+            for name in fields
+            if name in SWITCHED and not getattr(self, SWITCHED[name])
+        ]
+        if "decay_ratio" in fields and self.lr_schedule != "wsd":
+            lines.append("training.decay_ratio: has no effect unless lr_schedule is wsd")
+        if "num_epochs" in fields and (self.max_steps or self.max_minutes):
+            lines.append("training.num_epochs: has no effect, since max_steps or max_minutes is set")
+        return lines

@@ -1,0 +1,56 @@
+"""The errors that ultrazoo raises. Every message says where, what was got, what was expected and a hint."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UltrazooError(Exception):
+    """Base of every error that a user can cause or cure."""
+
+    exit_code = 1
+
+
+class ConfigError(UltrazooError):
+    """A configuration cannot be used as it is."""
+
+    exit_code = 2
+
+
+class UnknownNameError(ConfigError):
+    """A block, op, preset or field name is not known."""
+
+    def __init__(self, where: str, got: str, known: Iterable[str]) -> None:
+        names = sorted(known)
+        super().__init__(
+            f"{where}: unknown name {got!r}; {did_you_mean(got, names)}known: {', '.join(names) or 'none'}"
+        )
+
+
+class PluginError(UltrazooError):
+    """A plugin distribution is broken; the message names it and its version."""
+
+
+class KernelUnavailableError(UltrazooError):
+    """A compiled kernel was demanded and cannot be used; the message has the reason and the fix."""
+
+
+class DataError(UltrazooError):
+    """Training data cannot be read as asked."""
+
+
+class CheckpointError(UltrazooError):
+    """A checkpoint is missing, damaged or made for something else."""
+
+
+class NonFiniteError(UltrazooError):
+    """A loss or gradient stopped being finite; the weights are those before the step."""
+
+    exit_code = 3
+
+
+def did_you_mean(got: str, known: Iterable[str]) -> str:
+    """Return ``"did you mean 'x'? "`` for the nearest known name, or an empty string."""
+    near = difflib.get_close_matches(got, list(known), n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}? " if near else ""
