@@ -41,7 +41,8 @@ class OpSpec:
     """An operator ``namespace::name`` with its mathematics, its samples and its cost.
 
     ``op`` is the public function, ``reference`` the readable one in plain torch. ``samples`` are small and nasty,
-    ``bench_samples`` of realistic size; both are called with a device and a dtype.
+    ``bench_samples`` of realistic size; both are called with a device and a dtype. ``constants`` are the floating-point
+    arguments that have no gradient.
     """
 
     name: str
@@ -52,6 +53,7 @@ class OpSpec:
     cost: Callable[[Sample], Cost]
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     differentiable: bool = True
+    constants: tuple[str, ...] = ()
     baselines: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 

@@ -1,0 +1,62 @@
+// BitNet b1.58: int8 activations per token, ternary weights of two bits in tiles of 16 x 16 (ops/bitlinear/op.py has
+// the layout), integer dot products that are exact, and what the straight-through backward needs.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+#include "common/types.h"
+
+namespace uz {
+
+inline constexpr int64_t kTile = 16;        // rows and columns of a tile of 64 bytes
+inline constexpr int64_t kTokenBlock = 16;  // tokens that share one unpacking of a tile
+inline constexpr int64_t kTileRows = 8;     // rows of tiles, per item, that share those tokens
+
+struct Quantize {    // integers = clamp(round(127 x / peak)), scale = peak / 127, peak = max |x| of the token, at least
+                     // eps
+  const void* x;     // (tokens, columns)
+  int8_t* integers;  // (tokens, stride), 0 beyond the columns
+  float* scale;      // (tokens,)
+  int32_t* sum;      // (tokens,), of the integers
+  int64_t columns, stride;
+  DType dtype;
+  float eps;
+};
+
+struct Ternary {       // codes = clamp(round(weight / scale), -1, 1)
+  const void* weight;  // (rows, columns)
+  int64_t rows, columns;
+  DType dtype;
+  float inverse;    // 1 / scale
+  uint8_t* packed;  // (row tiles, column tiles, 64); or null
+  void* codes;      // (rows, columns) of codes_dtype; or null
+  DType codes_dtype;
+};
+
+struct PackedProduct {     // y = (integers . codes) scale scale + bias
+  const int8_t* integers;  // (tokens, stride)
+  const float* token_scale;
+  const int32_t* token_sum;
+  const uint8_t* packed;
+  const float* row_scale;  // (rows,); or null: one_scale for all
+  const void* bias;        // (rows,); or null
+  void* y;                 // (tokens, rows)
+  int64_t tokens, rows, columns, stride;
+  DType dtype, bias_dtype;
+  float one_scale;
+};
+
+struct BitlinearKernels {
+  void (*quantize)(const Quantize&, int64_t begin, int64_t end);      // tokens
+  double (*absolute_sum)(const Ternary&, int64_t row);                // of one row of the weight
+  void (*ternarize)(const Ternary&, int64_t begin, int64_t end);      // rows of tiles
+  void (*product)(const PackedProduct&, int64_t begin, int64_t end);  // items token block * row groups + row group
+  void (*scale)(void* x, DType dtype, float by, int64_t begin, int64_t end);  // x *= by
+  void (*dequantize)(const int8_t* integers, const float* scale, int64_t columns, void* x, DType dtype, int64_t begin,
+                     int64_t end);  // tokens: x = integers scale
+};
+
+UZ_KERNELS_VNNI(BitlinearKernels, bitlinear_kernels)
+
+}  // namespace uz

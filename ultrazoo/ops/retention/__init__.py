@@ -1,0 +1,1 @@
+"""Multi-scale retention, chunkwise, in one or both directions."""

@@ -1,0 +1,187 @@
+"""``retention``: exponentially decaying linear attention, causal or in both directions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ultrazoo.ops import library
+from ultrazoo.ops.retention.reference import (
+    retention_backward_reference,
+    retention_parallel,
+    retention_reference,
+)
+from ultrazoo.ops.retention.samples import bench_samples, cost, samples
+from ultrazoo.spec import OpSpec
+
+
+def retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    segments: Tensor | None = None,
+    causal: bool = False,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """o_n = sum_m exp(log_decay |n - m|) (q_n . k_m) v_m, over m <= n when causal, within a document.
+
+    No other scaling is applied. Work is linear in L and memory O(L), forward and backward; sums are in fp32.
+
+    Args:
+        q: (B, L, H, K) queries; q, k and v are taken in the widest of their dtypes.
+        k: (B, L, H, K) keys.
+        v: (B, L, H, V) values.
+        log_decay: (H,) natural logarithm of each head's decay, finite and <= 0; a constant, it has no gradient.
+        segments: (B, L) int, 0 at padding, equal positive numbers for one document, documents contiguous; None means
+            that every row is one document. Padding counts nothing, and o is 0 there.
+        causal: Read only m <= n; otherwise both sides, and the diagonal once.
+        chunk_size: C, tokens whose scores are computed as one matrix; None leaves the choice to the kernel. The
+            result depends on it by rounding alone.
+
+    Returns:
+        (B, L, H, V), contiguous, in the widest dtype of q, k and v.
+
+    Raises:
+        ValueError: A shape, a device or ``chunk_size`` does not fit, or ``log_decay`` requires a gradient.
+        TypeError: A dtype does not fit.
+    """
+    result: Tensor = _retention(*_arguments(q, k, v, log_decay, segments, causal, chunk_size))
+    return result
+
+
+def _reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    segments: Tensor | None = None,
+    causal: bool = False,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """``retention`` by its reference, whatever the kernel policy."""
+    result: Tensor = _retention.reference(*_arguments(q, k, v, log_decay, segments, causal, chunk_size))
+    return result
+
+
+def _arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    segments: Tensor | None,
+    causal: bool,
+    chunk_size: int | None,
+) -> tuple[Any, ...]:
+    """Check what the caller gave, and bring it to what the schema takes."""
+    if q.dim() != 4 or k.shape != q.shape:
+        raise ValueError(f"retention: q, k: got {_shape(q)} and {_shape(k)}, expected one shape (B, L, H, K) for both")
+    if v.dim() != 4 or v.shape[:3] != q.shape[:3]:
+        expected = f"({q.shape[0]}, {q.shape[1]}, {q.shape[2]}, V)"
+        raise ValueError(f"retention: v: got {_shape(v)}, expected {expected}; q is {_shape(q)} = (B, L, H, K)")
+    if log_decay.shape != q.shape[2:3]:
+        raise ValueError(
+            f"retention: log_decay: got {_shape(log_decay)}, expected ({q.shape[2]},); one number per head of q"
+        )
+    if segments is not None and segments.shape != q.shape[:2]:
+        raise ValueError(
+            f"retention: segments: got {_shape(segments)}, expected ({q.shape[0]}, {q.shape[1]}); one number per token"
+        )
+    if segments is not None and (segments.is_floating_point() or segments.dtype == torch.bool):
+        raise TypeError(f"retention: segments: got {segments.dtype}, expected integers; 0 is padding")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"retention: chunk_size: got {chunk_size}, expected at least 1, or None")
+    if log_decay.requires_grad:
+        raise ValueError("retention: log_decay: got a tensor that requires a gradient, expected a constant; detach it")
+    for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay)):
+        if not x.is_floating_point():
+            raise TypeError(f"retention: {name}: got {x.dtype}, expected a floating-point dtype")
+    for name, other in (("k", k), ("v", v), ("log_decay", log_decay), ("segments", segments)):
+        if other is not None and other.device != q.device:
+            raise ValueError(f"retention: {name}: got {other.device}, expected {q.device}, the device of q")
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    log_decay = log_decay.to(torch.promote_types(dtype, torch.float32))
+    segments = None if segments is None else segments.to(torch.int64)
+    return q.to(dtype), k.to(dtype), v.to(dtype), log_decay, segments, causal, chunk_size
+
+
+def _shape(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, log_decay, segments, ctx.causal, ctx.chunk_size = inputs
+    ctx.save_for_backward(q, k, v, log_decay, segments)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dq, dk, dv = ctx.backward_op(grad, *ctx.saved_tensors, ctx.causal, ctx.chunk_size)
+    return dq, dk, dv, None, None, None, None
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    raise NotImplementedError("retention has no second derivative; call backward without create_graph")
+
+
+_retention_backward = library.define(
+    "retention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? segments, bool causal, "
+    "int? chunk_size) -> (Tensor, Tensor, Tensor)",
+    retention_backward_reference,
+    fake=lambda grad, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
+    backward=_no_second_derivative,
+)
+_retention = library.define(
+    "retention(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? segments, bool causal, int? chunk_size) "
+    "-> Tensor",
+    retention_reference,
+    fake=lambda q, k, v, *_: v.new_empty(v.shape),
+    setup_context=_save,
+    backward=_gradients,
+)
+
+
+def _sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    segments: Tensor | None = None,
+    causal: bool = False,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Softmax attention at the same shapes: another function, the yardstick for speed."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal)
+    return out.transpose(1, 2)
+
+
+def _parallel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    segments: Tensor | None = None,
+    causal: bool = False,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """The same function with the whole matrix of scores."""
+    return retention_parallel(q, k, v, log_decay, segments, causal)
+
+
+SPEC = OpSpec(
+    name="ultrazoo::retention",
+    op=retention,
+    reference=_reference,
+    samples=samples,
+    bench_samples=bench_samples,
+    cost=cost,
+    constants=("log_decay",),
+    baselines={"sdpa": _sdpa, "parallel": _parallel},
+)
+SPECS = (SPEC,)

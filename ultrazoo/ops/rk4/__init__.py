@@ -1,0 +1,1 @@
+"""The algebra of a classic Runge-Kutta step, fused."""
