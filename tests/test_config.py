@@ -25,11 +25,16 @@ def problems(tmp_path, text, *overrides):
 
 
 def test_every_problem_of_a_file_is_shown_at_once(tmp_path):
-    text = "model:\n  num_headz: 4\n  hidden_size: wide\n  dropout: 1.5\ntraining:\n  batch_size: 0\n  learning_rat: 1\n"
+    text = (
+        "model:\n  num_headz: 4\n  hidden_size: wide\n  dropout: 1.5\ntraining:\n  batch_size: 0\n  learning_rat: 1\n"
+    )
     message = problems(tmp_path, text)
     assert "5 problem(s)" in message
     assert "model.num_headz: unknown field; did you mean 'num_heads'?" in message
-    assert "model.hidden_size: got 'wide'; expected a valid integer" in message or "model.hidden_size: got 'wide'" in message
+    assert (
+        "model.hidden_size: got 'wide'; expected a valid integer" in message
+        or "model.hidden_size: got 'wide'" in message
+    )
     assert "model.dropout: got 1.5" in message
     assert "training.batch_size: got 0" in message
     assert "training.learning_rat: unknown field; did you mean 'learning_rate'?" in message
@@ -56,7 +61,10 @@ def test_unknown_block_names_its_place_and_the_nearest(tmp_path):
         ("position_embedding: rope, layer_pattern: [mamba]", "model.position_embedding: got 'rope', but no block"),
         ("use_factorized_embedding: true, factorized_embedding_dim: 768", "model.factorized_embedding_dim: got 768"),
         ("block_options: {mamba: {d_state: 8}}", "model.block_options.mamba: no layer uses this block"),
-        ("layer_pattern: [mamba], block_options: {mamba: {d_stat: 8}}", "mamba.d_stat: unknown field; did you mean 'd_state'?"),
+        (
+            "layer_pattern: [mamba], block_options: {mamba: {d_stat: 8}}",
+            "mamba.d_stat: unknown field; did you mean 'd_state'?",
+        ),
         ("layer_pattern: [mamba], block_options: {mamba: {hidden_size: 8}}", "set it as model.hidden_size"),
         ("use_moe: true, ffn_type: moe", "model.ffn_type: got 'moe' with use_moe true"),
         ("norm_type: batch_norm", "model.norm_type: unknown name 'batch_norm'"),
@@ -76,9 +84,16 @@ def test_mini_always_factorises(tmp_path):
 
 
 def test_values_without_effect_are_told_by_name(tmp_path):
-    text = "model: {ode_steps: 4, hope_base: 500, num_experts: 8}\ntraining: {galore_rank: 8, num_epochs: 2, max_steps: 5}\n"
+    training = "training: {galore_rank: 8, num_epochs: 2, max_steps: 5}\n"
+    text = "model: {ode_steps: 4, hope_base: 500, num_experts: 8}\n" + training
     notices = "\n".join(load_config(write(tmp_path, text)).notices)
-    for field in ("model.ode_steps", "model.hope_base", "model.num_experts", "training.galore_rank", "training.num_epochs"):
+    for field in (
+        "model.ode_steps",
+        "model.hope_base",
+        "model.num_experts",
+        "training.galore_rank",
+        "training.num_epochs",
+    ):
         assert field in notices
     assert "model.ode_steps: has no effect without one of: ode" in notices
     assert load_config(write(tmp_path, SMALL)).notices == []
@@ -88,14 +103,21 @@ def test_positions_default_to_rope_unless_hope_serves_every_layer():
     small = {"hidden_size": 32, "num_heads": 4}
     assert ModelConfig(**small).position_embedding == "rope"
     assert ModelConfig(**small, layer_pattern=["titan_attn"], use_hope=True).position_embedding == "none"
-    assert ModelConfig(**small, layer_pattern=["titan_attn", "standard_attn"], use_hope=True).position_embedding == "rope"
+    assert (
+        ModelConfig(**small, layer_pattern=["titan_attn", "standard_attn"], use_hope=True).position_embedding == "rope"
+    )
     assert ModelConfig(**small, position_embedding="none").position_embedding == "none"
 
 
 def test_overrides_win_and_origins_are_told(tmp_path):
     loaded = load_config(
         write(tmp_path, SMALL + "training: {seed: 3}\n"),
-        ["training.batch_size=8", "training.learning_rate=3e-4", "model.layer_pattern=[mamba, retnet]", "model.retention_heads=2"],
+        [
+            "training.batch_size=8",
+            "training.learning_rate=3e-4",
+            "model.layer_pattern=[mamba, retnet]",
+            "model.retention_heads=2",
+        ],
     )
     config = loaded.config
     assert (config.training.batch_size, config.training.learning_rate) == (8, 3e-4)
@@ -113,7 +135,9 @@ def test_malformed_override_is_a_config_error(tmp_path, item):
 
 
 def test_override_of_a_field_that_does_not_exist(tmp_path):
-    assert "training.batch_sise: unknown field; did you mean 'batch_size'?" in problems(tmp_path, "", "training.batch_sise=4")
+    assert "training.batch_sise: unknown field; did you mean 'batch_size'?" in problems(
+        tmp_path, "", "training.batch_sise=4"
+    )
 
 
 def test_missing_file_and_unknown_preset(tmp_path):

@@ -1,11 +1,8 @@
 """Discovery: third parties get in by entry point, and a broken one is named and left out."""
 
 import importlib.metadata
-import logging
-import sys
 import types
 
-import pluggy
 import pytest
 from pydantic import BaseModel
 from torch import nn
@@ -22,7 +19,14 @@ class Options(BaseModel):
 
 
 def spec(name, **changes):
-    values = {"name": name, "kind": "mixer", "module": nn.Identity, "config": Options, "paper": "none", "equation": "y = x"}
+    values = {
+        "name": name,
+        "kind": "mixer",
+        "module": nn.Identity,
+        "config": Options,
+        "paper": "none",
+        "equation": "y = x",
+    }
     return BlockSpec(**{**values, **changes})
 
 
@@ -62,7 +66,14 @@ def test_built_in_blocks_come_through_the_same_door(monkeypatch):
     mixers = {block.name for block in core.blocks if block.kind == "mixer"}
     assert mixers == {"retnet", "mamba", "ode", "titan_attn", "standard_attn", "sigmoid_attn"}
     assert {op.name for op in core.ops} >= {"ultrazoo::retention", "ultrazoo::selective_scan", "ultrazoo::bitlinear"}
-    assert {preset.name for preset in core.presets} >= {"frankenstein", "mini", "standard", "standard_hope", "tinybert", "embbert"}
+    assert {preset.name for preset in core.presets} >= {
+        "frankenstein",
+        "mini",
+        "standard",
+        "standard_hope",
+        "tinybert",
+        "embbert",
+    }
 
 
 def test_a_third_party_block_is_found(monkeypatch):
@@ -124,11 +135,3 @@ def test_unknown_block_suggests_the_nearest(monkeypatch):
     zoo = Registry(list(load(monkeypatch).values()))
     with pytest.raises(UnknownNameError, match=r"here: unknown name 'retnt'; did you mean 'retnet'\?"):
         zoo.block("mixer", "retnt", "here")
-
-
-def test_loading_twice_in_one_process_is_harmless(monkeypatch):
-    first, second = load(monkeypatch), load(monkeypatch)
-    assert [plugin.name for plugin in first.values()] == [plugin.name for plugin in second.values()]
-    assert "ultrazoo.core" in sys.modules
-    assert isinstance(pluggy.__version__, str)
-    assert logging.getLogger("ultrazoo")

@@ -6,7 +6,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_EPS = 1e-5
+from ultrazoo.ops import bitlinear
+
+NORM_EPS = 1e-5
+SCALE_EPS = 1e-5
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a linear layer computes on x: autocast's where it is on, else that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def ternary_ste(weight: Tensor) -> Tensor:
+    """clamp(round(W s), -1, 1) / s, s = 1 / mean|W| over the last two dimensions; the gradient passes unchanged.
+
+    Args:
+        weight: (..., out, in); each leading index is a matrix with a scale of its own.
+    """
+    mean = weight.detach().abs().mean(dim=(-2, -1), keepdim=True).clamp(min=SCALE_EPS)
+    return weight + ((weight / mean).round().clamp(-1, 1) * mean - weight).detach()
+
+
+def int8_ste(x: Tensor) -> Tensor:
+    """clamp(round(x t), -128, 127) / t, t = 127 / max|x| over the last dimension; the gradient passes unchanged.
+
+    Args:
+        x: (..., D).
+    """
+    peak = x.detach().abs().amax(dim=-1, keepdim=True).clamp(min=SCALE_EPS)
+    return x + ((x * (127 / peak)).round().clamp(-128, 127) * (peak / 127) - x).detach()
 
 
 class BitLinear(nn.Linear):
@@ -27,18 +56,13 @@ class BitLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias=bias)
-        self.norm = nn.RMSNorm(in_features, eps=_EPS)
+        self.norm = nn.RMSNorm(in_features, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) to (..., out_features), in the autocast dtype where autocast is on."""
-        from ultrazoo.ops import bitlinear
-
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         wide = torch.promote_types(x.dtype, self.norm.weight.dtype)
-        x = F.rms_norm(x.to(wide), (self.in_features,), self.norm.weight, _EPS)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return bitlinear(x.to(dtype), self.weight.to(dtype), bias)
+        normed = F.rms_norm(x.to(wide), (self.in_features,), self.norm.weight.to(wide), NORM_EPS)
+        return bitlinear(normed.to(autocast_dtype(x)), self.weight, self.bias, eps=SCALE_EPS)
 
 
 def make_linear(in_features: int, out_features: int, *, bias: bool = True, bitnet: bool = False) -> nn.Linear:

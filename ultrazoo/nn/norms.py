@@ -35,7 +35,8 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., D); statistics in the wider of the dtypes of x and gamma, result in that of x."""
         wide = torch.promote_types(x.dtype, self.weight.dtype)
-        return F.layer_norm(x.to(wide), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+        y = F.layer_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.bias.to(wide), self.eps)
+        return y.to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -51,7 +52,7 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., D); statistics in the wider of the dtypes of x and gamma, result in that of x."""
         wide = torch.promote_types(x.dtype, self.weight.dtype)
-        return F.rms_norm(x.to(wide), self.normalized_shape, self.weight, self.eps).to(x.dtype)
+        return F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps).to(x.dtype)
 
 
 class DynamicTanh(nn.Module):
@@ -60,6 +61,8 @@ class DynamicTanh(nn.Module):
     Args:
         config: Width; eps has no part in it.
     """
+
+    has_statistics = False
 
     def __init__(self, config: NormConfig) -> None:
         super().__init__()
@@ -79,6 +82,8 @@ class Derf(nn.Module):
     Args:
         config: Width; eps has no part in it.
     """
+
+    has_statistics = False
 
     def __init__(self, config: NormConfig) -> None:
         super().__init__()
@@ -101,6 +106,7 @@ SPECS = (
         config=NormConfig,
         paper="arXiv 1607.06450",
         equation="y = gamma (x - mean(x)) / sqrt(var(x) + eps) + beta",
+        state_size=lambda config: 0,
     ),
     BlockSpec(
         name="rms_norm",
@@ -109,6 +115,7 @@ SPECS = (
         config=NormConfig,
         paper="arXiv 1910.07467",
         equation="y = gamma x / sqrt(mean(x^2) + eps)",
+        state_size=lambda config: 0,
     ),
     BlockSpec(
         name="dynamic_tanh",
@@ -117,6 +124,7 @@ SPECS = (
         config=NormConfig,
         paper="arXiv 2503.10622",
         equation="y = gamma tanh(alpha x) + beta",
+        state_size=lambda config: 0,
     ),
     BlockSpec(
         name="derf",
@@ -125,5 +133,6 @@ SPECS = (
         config=NormConfig,
         paper="arXiv 2512.10938",
         equation="y = gamma erf(alpha x + s) + beta",
+        state_size=lambda config: 0,
     ),
 )
