@@ -1,0 +1,221 @@
+"""Every registered mixer keeps the ten laws; and each law catches a mixer that was built to break it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ultrazoo.nn.block_config import BlockConfig
+from ultrazoo.registry import registry
+from ultrazoo.spec import BlockSpec
+from ultrazoo.testing.laws import LAWS, LawViolation, run_laws
+
+MIXERS = registry().mixers()
+FAST_LAWS = [law for law in LAWS if law != "compile"]
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("titan_attn", {"use_hope": True}),
+    ("titan_attn", {"position_embedding": "none", "persistent_tokens": 0, "memory_chunk_size": 5}),
+    ("sigmoid_attn", {"qk_norm": True, "layer_scale": 1e-4, "normalize": True}),
+    ("ode", {"ode_solver": "euler", "ode_steps": 1}),
+]
+# a step is traced like any other; tracing two takes twice as long
+COMPILED: dict[str, dict[str, Any]] = {"ode": {"ode_steps": 1}, "titan_attn": {"use_hope": True}}
+BITNET = sorted(name for name, spec in MIXERS.items() if "use_bitnet" in spec.config.model_fields)
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixer_keeps_the_law(name: str, law: str) -> None:
+    LAWS[law](MIXERS[name], COMPILED.get(name) if law == "compile" else None)
+
+
+@pytest.mark.parametrize("law", FAST_LAWS)
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_mixer_keeps_the_law_with_other_options(name: str, options: dict[str, Any], law: str) -> None:
+    LAWS[law](MIXERS[name], options)
+
+
+@pytest.mark.parametrize("law", ["padding", "packing", "batch order", "state", "half precision", "determinism"])
+@pytest.mark.parametrize("name", BITNET)
+def test_mixer_keeps_the_law_in_bitnet(name: str, law: str) -> None:
+    """All laws but the one of gradients, which a straight-through estimator breaks on purpose."""
+    LAWS[law](MIXERS[name], {"use_bitnet": True})
+
+
+class MeanConfig(BlockConfig):
+    """Options of the mixers below."""
+
+    hidden_size: int = Field(gt=0)
+    dropout: float = 0.0
+
+
+class Mean(nn.Module):
+    """y_t = W (mean of the document) * tanh(x_t): keeps every law."""
+
+    def __init__(self, config: MeanConfig) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(config.dropout)
+        self.linear = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        ids = torch.ones_like(x[..., 0], dtype=torch.int64) if segments is None else segments
+        seen = (ids.unsqueeze(1) == ids.unsqueeze(2)) & self.visible(x.shape[1])
+        y = self.linear(seen.to(x.dtype) / seen.sum(2, keepdim=True).to(x.dtype) @ x) * torch.tanh(x)
+        return self.dropout(y).masked_fill(ids.eq(0).unsqueeze(2), 0)
+
+    def visible(self, length: int) -> Tensor:
+        return torch.ones(length, length, dtype=torch.bool)
+
+
+class Causal(Mean):
+    def visible(self, length: int) -> Tensor:
+        return super().visible(length).tril()
+
+
+class IgnoresSegments(Mean):
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        return super().forward(x, None)
+
+
+class ReadsTheNextToken(Mean):
+    """A convolution that takes the row for one document."""
+
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        y = super().forward(x, segments)
+        return torch.where(y.eq(0), y, y + 1e-6 * F.pad(x, (0, 0, 0, 1))[:, 1:])
+
+
+class ReadsAcross(Mean):
+    """Masks padding and restarts nowhere: the error of a scan without resets."""
+
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        return super().forward(x, None if segments is None else segments.clamp(max=1))
+
+
+class LeaksAtPadding(Mean):
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        return super().forward(x, segments) + 1e-3 * self.linear.bias
+
+
+class MixesRows(Mean):
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        y = super().forward(x, segments)
+        return y * (1 + 1e-6 * x[0].sum())
+
+
+class WritesInput(Mean):
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        y = super().forward(x * 1, segments)
+        x.detach().mul_(1.0)
+        return y
+
+
+class Random(Mean):
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        return super().forward(x, segments) * (1 + 1e-6 * torch.rand(()))
+
+
+class DropsOutAlways(Mean):
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        return F.dropout(super().forward(x, segments), self.dropout.p)
+
+
+class WrongGradient(Mean):
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        return super().forward(x.detach() + 0.99 * (x - x.detach()), segments)
+
+
+class UnusedWeight(Mean):
+    def __init__(self, config: MeanConfig) -> None:
+        super().__init__(config)
+        self.second = nn.Parameter(torch.ones(config.hidden_size))
+
+
+class Forgets(Mean):
+    def __init__(self, config: MeanConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("gain", torch.rand(config.hidden_size), persistent=False)
+
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        return super().forward(x, segments) * self.gain
+
+
+class BreaksGraph(Mean):
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        return super().forward(x, segments) * (1.0 if x.sum().item() < 1e9 else 2.0)
+
+
+class Overflows(Mean):
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        y = super().forward(x, segments)
+        return y * torch.rsqrt(1 + x.square().sum(2, keepdim=True)) * (x.square() / (1 + x.square()))
+
+
+class SinglePrecision(Mean):
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        return super().forward(x.float().to(x.dtype), segments)
+
+
+def spec(module: type[nn.Module], bidirectional: bool = True) -> BlockSpec:
+    return BlockSpec(
+        name=module.__name__,
+        kind="mixer",
+        module=module,
+        config=MeanConfig,
+        paper="",
+        equation="",
+        bidirectional=bidirectional,
+    )
+
+
+def broken_laws(block: BlockSpec, laws: Iterable[str]) -> set[str]:
+    return {result.law for result in run_laws(block, laws=laws) if not result.passed}
+
+
+def test_a_sound_mixer_breaks_no_law() -> None:
+    assert broken_laws(spec(Mean), LAWS) == set()
+    assert broken_laws(spec(Causal, bidirectional=False), LAWS) == set()
+
+
+@pytest.mark.parametrize(
+    ("block", "laws"),
+    [
+        (spec(Causal), {"direction"}),
+        (spec(Mean, bidirectional=False), {"direction"}),
+        (spec(IgnoresSegments), {"padding", "packing"}),
+        (spec(ReadsTheNextToken), {"padding", "packing"}),
+        (spec(ReadsAcross), {"packing"}),
+        (spec(LeaksAtPadding), {"padding", "packing"}),
+        (spec(MixesRows), {"padding", "packing", "batch order"}),
+        (spec(WritesInput), {"inputs"}),
+        (spec(Random), {"padding", "packing", "batch order", "gradients", "state", "compile", "determinism"}),
+        (spec(DropsOutAlways), {"determinism"}),
+        (spec(WrongGradient), {"gradients"}),
+        (spec(UnusedWeight), {"gradients"}),
+        (spec(Forgets), {"state"}),
+        (spec(BreaksGraph), {"compile"}),
+        (spec(Overflows), {"half precision"}),
+        (spec(SinglePrecision), {"gradients"}),
+    ],
+    ids=lambda value: value.name if isinstance(value, BlockSpec) else "",
+)
+def test_a_broken_mixer_is_caught(block: BlockSpec, laws: set[str]) -> None:
+    checked = LAWS if "compile" in laws else FAST_LAWS
+    assert broken_laws(block, checked) == laws
+
+
+def test_a_violation_has_the_numbers() -> None:
+    with pytest.raises(
+        LawViolation, match=r"WrongGradient: law 5 \(gradients\) BROKEN: x: derivative .* limit 1e-05"
+    ) as e:
+        LAWS["gradients"](spec(WrongGradient))
+    result = e.value.result
+    assert (result.number, result.law, result.passed) == (5, "gradients", False)
+    assert result.measured == pytest.approx(0.01, rel=0.05)
+    assert LAWS["gradients"](spec(Mean)).passed

@@ -1,0 +1,186 @@
+"""The machinery of the mixer laws: what is under test, how a measurement is judged, how a law is registered."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ultrazoo.spec import BlockSpec
+
+TINY: Mapping[str, Any] = {"hidden_size": 8, "num_heads": 2, "retention_heads": 2, "dropout": 0.0}
+ROUNDING = 1e-10
+"""Largest difference, relative to the largest output, that reordering fp64 sums may cause."""
+DOCUMENTS = ((9, 33, 1, 20), (40, 5, 2), (3, 0, 34, 1, 1))
+"""Lengths of the documents of three packed rows; shorter and longer than any chunk. A 0 is a padding token between."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LawResult:
+    """The measurement of a law that came nearest to its limit, or went farthest past it."""
+
+    number: int
+    law: str
+    block: str
+    passed: bool
+    what: str
+    measured: float
+    limit: float
+    seconds: float
+
+    def __str__(self) -> str:
+        verdict = "holds" if self.passed else "BROKEN"
+        return (
+            f"{self.block}: law {self.number} ({self.law}) {verdict}: {self.what}: {self.measured:.3g}, "
+            f"limit {self.limit:.3g} [{self.seconds:.2f} s]"
+        )
+
+
+class LawViolation(AssertionError):  # noqa: N818 - it is one, and reads as one in a traceback
+    """A block broke a law; ``result`` has the numbers."""
+
+    def __init__(self, result: LawResult) -> None:
+        super().__init__(str(result))
+        self.result = result
+
+
+@dataclass(frozen=True)
+class Check:
+    """A number that a law measured, and the most (or, with ``at_least``, the least) that it may be."""
+
+    what: str
+    measured: float
+    limit: float
+    at_least: bool = False
+
+    @property
+    def excess(self) -> float:
+        """Above 1 where the check fails; NaN fails."""
+        if not math.isfinite(self.measured):
+            return math.inf
+        if self.at_least:
+            return self.limit / self.measured if self.measured > 0 else math.inf
+        return self.measured / self.limit if self.limit else (math.inf if self.measured else 0.0)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A block under test, with the options that differ from the tiny defaults."""
+
+    spec: BlockSpec
+    options: Mapping[str, Any]
+
+    def build(self, dtype: torch.dtype = torch.float64, *, seed: int = 0, dropout: float | None = None) -> nn.Module:
+        """Build the block in eval mode with every parameter moved off its initial value."""
+        values = {name: value for name, value in TINY.items() if name in self.spec.config.model_fields}
+        values |= self.options
+        if dropout is not None:
+            values["dropout"] = dropout
+        torch.manual_seed(seed)
+        block = self.spec.module(self.spec.config(**values))
+        with torch.no_grad():
+            for parameter in block.parameters():
+                parameter.add_(0.3 * torch.randn(parameter.shape))
+        return block.to(dtype).eval()
+
+    def input(self, rows: int, length: int, *, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+        """Draw (rows, length, D) from N(0, 1)."""
+        width = self.options.get("hidden_size", TINY["hidden_size"])
+        return torch.randn(rows, length, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether the block has a dropout of its own."""
+        return "dropout" in self.spec.config.model_fields
+
+
+Law = Callable[..., LawResult]
+LAWS: dict[str, Law] = {}
+"""Law by name, in the order of their numbers: ``law(spec, options=None) -> LawResult``, raising ``LawViolation``."""
+_ERRORS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+def law(name: str) -> Callable[[Callable[[Subject], Iterable[Check]]], Law]:
+    """Enter a law in ``LAWS`` under the next number.
+
+    Args:
+        name: Its key.
+
+    Returns:
+        A decorator of a function that yields its measurements of a subject. The law that it makes raises
+        ``LawViolation`` when one of them is past its limit, or when the block raises an error.
+    """
+    number = len(LAWS) + 1
+
+    def register(measure: Callable[[Subject], Iterable[Check]]) -> Law:
+        def hold(spec: BlockSpec, options: Mapping[str, Any] | None = None) -> LawResult:
+            begun = time.perf_counter()
+
+            def result(check: Check) -> LawResult:
+                return LawResult(
+                    number=number,
+                    law=name,
+                    block=spec.name,
+                    passed=check.excess <= 1,
+                    what=check.what,
+                    measured=check.measured,
+                    limit=check.limit,
+                    seconds=time.perf_counter() - begun,
+                )
+
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    worst = max(measure(Subject(spec, options or {})), key=lambda check: check.excess)
+            except _ERRORS as error:
+                what = f"raised {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+                raise LawViolation(result(Check(what, math.inf, 0))) from error
+            if worst.excess > 1:
+                raise LawViolation(result(worst))
+            return result(worst)
+
+        hold.__name__, hold.__doc__ = measure.__name__, measure.__doc__
+        LAWS[name] = hold
+        return hold
+
+    return register
+
+
+def difference(what: str, got: Tensor, expected: Tensor, limit: float = ROUNDING) -> Check:
+    """Measure the largest difference of two tensors, relative to the largest number expected.
+
+    Raises:
+        ValueError: Their shapes differ.
+    """
+    if got.shape != expected.shape:
+        raise ValueError(f"{what}: got shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
+    if torch.equal(got, expected):
+        return Check(what, 0.0, limit)
+    return Check(what, ((got - expected).abs().max() / expected.abs().max()).item(), limit)
+
+
+def finite(what: str, x: Tensor) -> Check:
+    """Measure the share of infinities and NaNs; none is allowed."""
+    return Check(f"{what}: share of numbers that are not finite", 1 - x.isfinite().double().mean().item(), 0)
+
+
+def packed_rows() -> tuple[Tensor, list[tuple[int, int, int]]]:
+    """Lay out ``DOCUMENTS``, with 3 tokens of padding after the longest row.
+
+    Returns:
+        Segments (3, L) int64, and (row, start, stop) of each document.
+    """
+    length = 3 + max(sum(max(n, 1) for n in row) for row in DOCUMENTS)
+    segments, spans = torch.zeros(len(DOCUMENTS), length, dtype=torch.int64), []
+    for row, lengths in enumerate(DOCUMENTS):
+        start = 0
+        for number, n in enumerate(lengths):
+            if n:
+                segments[row, start : start + n] = 7 - number
+                spans.append((row, start, start + n))
+            start += max(n, 1)
+    return segments, spans
