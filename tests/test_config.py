@@ -178,3 +178,8 @@ def test_schema_lists_blocks_options_and_fields():
     for field in (*ModelConfig.model_fields, *type(Config().training).model_fields):
         parts = {**model, **schema["definitions"]["TrainingConfig"]["properties"]}
         assert parts[field].get("description"), field
+
+
+def test_the_schema_that_the_presets_name_is_the_current_one():
+    path = registry().preset("embbert").parent / "ultrazoo.schema.json"
+    assert json.loads(path.read_text(encoding="utf-8")) == json_schema(), "run: ultrazoo schema --output " + str(path)

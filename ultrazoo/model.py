@@ -1,0 +1,212 @@
+"""The encoder and its masked-language-modelling head, built from the names in the config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ultrazoo.config import ModelConfig, block_config
+from ultrazoo.nn.embeddings import EmbeddingConfig, Embeddings, MaskedLMHead
+from ultrazoo.nn.segments import mask_padding
+from ultrazoo.registry import registry
+
+IGNORED = -100
+"""Label of a position that is not a target."""
+
+Aux = dict[str, Tensor]
+
+
+@dataclass
+class MaskedLMOutput:
+    """What one forward pass gives; the objective is ``loss_sum / num_targets + sum(losses.values())``."""
+
+    hidden: Tensor
+    """(B, L, D), zero at padding."""
+    logits: Tensor
+    """(B, L, V); with labels (M, V), one row per target in reading order."""
+    loss_sum: Tensor | None = None
+    """Scalar fp32, cross-entropy in nats summed over the targets; None without labels."""
+    num_targets: int = 0
+    losses: Aux = field(default_factory=dict)
+    """Auxiliary losses, coefficient included, each a mean over layers and loops."""
+    stats: Aux = field(default_factory=dict)
+    """Detached statistics of the feed-forwards: (num_layers, ...), each a mean over loops."""
+
+
+class EncoderLayer(nn.Module):
+    """x + mixer(norm(x)), then x + ffn(norm(x)); with post norm, norm(x + mixer(x)), then norm(x + ffn(x)).
+
+    Args:
+        config: The model section.
+        mixer_name: The mixer's name in the registry.
+    """
+
+    def __init__(self, config: ModelConfig, mixer_name: str) -> None:
+        super().__init__()
+        self.mixer_name, self.ffn_name = mixer_name, config.ffn_name
+        self.pre_norm = config.norm_position == "pre"
+        self.mixer_norm = _norm(config, config.hidden_size)
+        self.mixer = _block(config, "mixer", mixer_name)
+        self.ffn_norm = _norm(config, config.hidden_size)
+        self.ffn = _block(config, "ffn", config.ffn_name)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> tuple[Tensor, Aux]:
+        """Apply mixer and feed-forward.
+
+        Args:
+            x: (B, L, D).
+            segments: (B, L) document ids, 0 at padding, or None.
+
+        Returns:
+            (B, L, D), and the auxiliary values of the feed-forward.
+        """
+        if self.pre_norm:
+            x = x + self.dropout(self.mixer(self.mixer_norm(x), segments))
+            y, aux = self.ffn(self.ffn_norm(x), segments)
+            return x + self.dropout(y), aux
+        x = self.mixer_norm(x + self.dropout(self.mixer(x, segments)))
+        y, aux = self.ffn(x, segments)
+        return self.ffn_norm(x + self.dropout(y)), aux
+
+
+class MaskedLM(nn.Module):
+    """A stack of layers applied ``num_loops`` times with the same weights, between embeddings and a head.
+
+    With pre norm a last norm closes the stack. Every block draws its own initial weights; the model changes none.
+
+    Args:
+        config: The model section.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        shared = EmbeddingConfig.model_validate({name: getattr(config, name) for name in EmbeddingConfig.model_fields})
+        self.embeddings = Embeddings(shared, _norm(config, config.hidden_size))
+        pattern = config.layer_pattern
+        self.layers = nn.ModuleList(EncoderLayer(config, pattern[i % len(pattern)]) for i in range(config.num_layers))
+        self.final_norm = _norm(config, config.hidden_size) if config.norm_position == "pre" else None
+        self.head = MaskedLMHead(shared, _norm(config, shared.width))
+
+    def encode(self, input_ids: Tensor, segments: Tensor | None = None) -> Tensor:
+        """Return the last hidden states.
+
+        Args:
+            input_ids: (B, L) int64.
+            segments: (B, L) document ids, 0 at padding; None means that every row is one full document.
+
+        Returns:
+            (B, L, D), zero at padding.
+        """
+        return self._encode(input_ids, segments)[0]
+
+    def forward(
+        self, input_ids: Tensor, segments: Tensor | None = None, labels: Tensor | None = None
+    ) -> MaskedLMOutput:
+        """Score the vocabulary, at every position or only where there is a target.
+
+        Args:
+            input_ids: (B, L) int64.
+            segments: (B, L) document ids, 0 at padding; None means that every row is one full document.
+            labels: (B, L) int64, -100 where there is no target.
+        """
+        hidden, losses, stats = self._encode(input_ids, segments)
+        table = self.embeddings.tokens.weight
+        if labels is None:
+            return MaskedLMOutput(hidden, self.head(hidden, table), losses=losses, stats=stats)
+        targets = labels.reshape(-1)
+        places = targets.ne(IGNORED).nonzero().squeeze(1)  # (M,)
+        logits = self.head(hidden.flatten(0, 1).index_select(0, places), table)  # (M, V)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss_sum = F.cross_entropy(wide, targets.index_select(0, places), reduction="sum")
+        return MaskedLMOutput(hidden, logits, loss_sum, places.numel(), losses, stats)
+
+    def _encode(self, input_ids: Tensor, segments: Tensor | None) -> tuple[Tensor, Aux, Aux]:
+        if segments is not None and segments.shape != input_ids.shape:
+            raise ValueError(
+                f"segments: got shape {tuple(segments.shape)}, expected that of input_ids {tuple(input_ids.shape)}"
+            )
+        x = self.embeddings(input_ids, segments)
+        seen: list[Aux] = []
+        for _ in range(self.config.num_loops):
+            for layer in self.layers:
+                x, aux = layer(x, segments)
+                seen.append(aux)
+        x = x if self.final_norm is None else self.final_norm(x)
+        losses, stats = _gather(seen, self.config.num_layers)
+        return mask_padding(x, segments), losses, stats
+
+
+def build_model(config: ModelConfig) -> MaskedLM:
+    """Build an untrained model; weights are drawn from torch's global random stream.
+
+    Raises:
+        ConfigError: A block refuses its options.
+    """
+    return MaskedLM(config)
+
+
+def parameter_table(model: MaskedLM) -> list[tuple[str, int]]:
+    """Count the parameters by part, in the order of the forward pass; they add up to the whole, each counted once."""
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = _part(model, name)
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    order = list(_PARTS.values())
+    after = order.index("embedding norm")
+    return sorted(counts.items(), key=lambda item: order.index(item[0]) if item[0] in order else after + 0.5)
+
+
+_PARTS = {
+    "embeddings.tokens": "token embeddings",
+    "embeddings.conv": "embedding convolution",
+    "embeddings.projection": "embedding projection",
+    "embeddings.positions": "position embeddings",
+    "embeddings.position_scale": "embedding scales",
+    "embeddings.scale": "embedding scales",
+    "embeddings.norm": "embedding norm",  # the parts of the layers follow
+    "final_norm": "final norm",
+    "head.dense": "head transform",
+    "head.norm": "head norm",
+    "head.decoder": "head decoder",
+    "head.bias": "head bias",
+}
+
+
+def _part(model: MaskedLM, name: str) -> str:
+    if not name.startswith("layers."):
+        return next(part for prefix, part in _PARTS.items() if name == prefix or name.startswith(prefix + "."))
+    _, index, member, *_ = name.split(".")
+    if member not in ("mixer", "ffn"):
+        return "layer norms"
+    block = getattr(model.layers[int(index)], f"{member}_name")
+    number = sum(getattr(layer, f"{member}_name") == block for layer in model.layers)
+    return f"{member} {block} (x {number})"
+
+
+def _norm(config: ModelConfig, width: int) -> nn.Module:
+    """Build the norm that the config names, for a width that need not be the model's."""
+    spec = registry().block("norm", config.norm_type, "model.norm_type")
+    options = block_config(spec, config)
+    return spec.module(options.model_copy(update={"hidden_size": width}))
+
+
+def _block(config: ModelConfig, kind: str, name: str) -> nn.Module:
+    spec = registry().block(kind, name, f"model ({kind})")
+    return spec.module(block_config(spec, config))
+
+
+def _gather(seen: list[Aux], num_layers: int) -> tuple[Aux, Aux]:
+    """Join the auxiliary values of the layers, met loop after loop: means of losses, statistics layer by layer."""
+    losses, stats = {}, {}
+    for key in seen[0]:
+        values = torch.stack([aux[key] for aux in seen])  # (num_loops num_layers, ...)
+        if key.endswith("_loss"):
+            losses[key] = values.mean()
+        else:
+            stats[key] = values.detach().unflatten(0, (-1, num_layers)).mean(0)
+    return losses, stats
