@@ -1,0 +1,70 @@
+"""The command ``ultrazoo``: parse, call, print. Commands import torch only when they need it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from ultrazoo import __version__
+from ultrazoo.cli import data, run, use, zoo
+from ultrazoo.cli.console import log_to_stderr, print_error, say
+from ultrazoo.errors import UltrazooError
+
+SIGNALLED = 128
+"""Exit codes above this say which signal ended a run that is whole: no error."""
+
+app = typer.Typer(
+    help="Train text encoders from a YAML file, out of blocks that are plugins.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(run.train)
+app.command("list")(zoo.list_)
+app.command("show")(zoo.show)
+app.command("schema")(zoo.schema)
+app.command("plugins")(zoo.plugins)
+app.command("fill-mask")(use.fill_mask)
+app.command("encode")(use.encode)
+app.command("plot")(use.plot)
+data_app = typer.Typer(help="Prepare training data.", no_args_is_help=True)
+data_app.command("convert")(data.convert)
+app.add_typer(data_app, name="data")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ultrazoo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Train text encoders from a YAML file, out of blocks that are plugins."""
+
+
+def main() -> None:
+    """Run the command line; exit 0 when it worked, 1 when it failed, 2 for a wrong call or config, 130 on Ctrl-C.
+
+    An error that the user can cure is one block of text on stderr; ``ULTRAZOO_DEBUG=1`` adds the traceback.
+    """
+    log_to_stderr()
+    try:
+        app(prog_name="ultrazoo")
+    except (UltrazooError, OSError) as error:
+        if os.environ.get("ULTRAZOO_DEBUG", "0") not in ("", "0"):
+            traceback.print_exception(error)
+        code = error.exit_code if isinstance(error, UltrazooError) else 1
+        if code > SIGNALLED:
+            say(str(error))
+        else:
+            print_error(str(error))
+        sys.exit(code)

@@ -1,0 +1,103 @@
+"""``ultrazoo train``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ultrazoo.cli.console import print_table, say
+
+if TYPE_CHECKING:
+    from ultrazoo.config import Config, LoadedConfig
+
+
+def train(
+    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a preset.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a field; may be repeated.")
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="auto|PATH", help="Go on from the run's latest checkpoint (auto), or from this one."),
+    ] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Run folder.  [default: runs/NAME]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = None,
+    kernels: Annotated[str | None, typer.Option(help="auto, compiled or reference.")] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved config with the origin of each value, and stop.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check the config, build the model, run one row both ways, and stop."),
+    ] = False,
+) -> None:
+    """Train an encoder as a YAML file or a preset says."""
+    from ultrazoo.config import load_config
+
+    named = {"output_dir": output_dir, "device": device, "kernels": kernels}
+    given = [f"training.{name}={json.dumps(str(value))}" for name, value in named.items() if value is not None]
+    loaded = load_config(config, [*(overrides or []), *given])
+    for notice in loaded.notices:
+        say(f"note: {notice}")
+    if print_config:
+        print(annotated_yaml(loaded), end="")
+        return
+    run_dir = Path(loaded.config.training.output_dir or Path("runs") / loaded.name)
+    if dry_run:
+        _rehearse(loaded.config, run_dir)
+        return
+    from ultrazoo.train import train as train_model
+
+    train_model(loaded.config, run_dir=run_dir, resume=resume)
+
+
+def annotated_yaml(loaded: LoadedConfig) -> str:
+    """Return the resolved config as YAML that loads to the same config, each value with its origin in a comment."""
+    lines: list[tuple[str, str]] = []
+
+    def write(section: dict[str, Any], prefix: str, indent: str) -> None:
+        for name, value in section.items():
+            path = f"{prefix}{name}"
+            if isinstance(value, dict) and value:
+                lines.append((f"{indent}{name}:", ""))
+                write(value, f"{path}.", indent + "  ")
+            else:
+                lines.append((f"{indent}{name}: {json.dumps(value, ensure_ascii=False)}", loaded.origins[path]))
+
+    write(loaded.config.to_dict(), "", "")
+    width = max(len(text) for text, origin in lines if origin and len(text) < 60)
+    return "".join(f"{text:<{width}}  # {origin}\n" if origin else f"{text}\n" for text, origin in lines)
+
+
+def _rehearse(config: Config, run_dir: Path) -> None:
+    """Build the model, run one full row forwards and backwards on the CPU, and print what was built."""
+    import torch
+
+    from ultrazoo.model import build_model, parameter_table
+
+    torch.manual_seed(config.training.seed)
+    model = build_model(config.model)
+    table = parameter_table(model)
+    length = config.training.max_length
+    token_ids = torch.randint(config.model.vocab_size, (1, length))
+    output = model(token_ids, labels=token_ids)
+    loss = output.loss_sum / output.num_targets
+    (loss + sum(output.losses.values())).backward()
+    total = sum(count for _, count in table)
+    rows = [(part, f"{count:,}", f"{count / total:.1%}") for part, count in table]
+    headers = ("part", "parameters", "share")
+    print_table("Model", headers, [*rows, ("total", f"{total:,}", "")], right=headers[1:])
+    per_step = config.training.batch_size * config.training.gradient_accumulation_steps
+    print()
+    print_table(
+        "Run",
+        ("", ""),
+        [
+            ("run folder", str(run_dir)),
+            ("tokens per step", f"{per_step} rows x {length} = {per_step * length:,}"),
+            ("one random row", f"forwards and backwards, loss {loss.item():.2f}"),
+        ],
+    )

@@ -1,0 +1,203 @@
+"""``ultrazoo list``, ``show``, ``schema`` and ``plugins``: what is installed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ultrazoo.cli.console import print_json, print_table, say
+
+if TYPE_CHECKING:
+    from ultrazoo.config import ModelConfig
+    from ultrazoo.spec import BlockKind, BlockSpec
+
+KINDS: tuple[BlockKind, ...] = ("mixer", "ffn", "norm")
+HEAD_WIDTH = 64
+LAWS_BROKEN = 3
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def list_(as_json: Json = False) -> None:
+    """List the blocks, by kind, with their papers, and the presets."""
+    from ultrazoo.registry import registry
+
+    zoo = registry()
+    homes = {(block.kind, block.name): plugin for plugin in zoo.plugins for block in plugin.blocks}
+    blocks = [
+        {"name": name, "kind": kind, "paper": spec.paper, "plugin": homes[kind, name].name}
+        for kind in KINDS
+        for name, spec in zoo.blocks(kind).items()
+    ]
+    presets = [{"name": name, "summary": spec.summary, "path": str(spec.path)} for name, spec in zoo.presets().items()]
+    if as_json:
+        print_json({"blocks": blocks, "presets": presets})
+        return
+    columns = ("name", "kind", "paper", "plugin")
+    print_table("Blocks", columns, [[block[column] for column in columns] for block in blocks])
+    print()
+    print_table("Presets", ("name", "summary"), [(preset["name"], preset["summary"]) for preset in presets])
+
+
+def show(
+    block: Annotated[str, typer.Argument(help="Name of a block, as in `ultrazoo list`.")],
+    hidden_size: Annotated[int, typer.Option(min=1, help="Width at which parameters and state are counted.")] = 768,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Measure a mixer against each law here, in about a minute; exit 3 if one breaks."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show a block: paper, equation, options, parameters, state, kernels, and the laws of the mixer contract."""
+    from ultrazoo.config import block_config
+    from ultrazoo.config.model import ModelConfig
+    from ultrazoo.registry import registry
+
+    spec = registry().find_block(block)
+    config = block_config(spec, _model_around(spec, hidden_size))
+    own = {name: field for name, field in spec.config.model_fields.items() if name not in ModelConfig.model_fields}
+    facts: dict[str, Any] = {
+        "name": spec.name,
+        "kind": spec.kind,
+        "paper": spec.paper,
+        "equation": spec.equation,
+        "parameters": sum(parameter.numel() for parameter in spec.module(config).parameters()),
+        "state_size": spec.state_size(config) if spec.state_size else None,
+        "model_fields": {name: getattr(config, name) for name in spec.config.model_fields if name not in own},
+        "options": {name: {"value": getattr(config, name), "help": field.description} for name, field in own.items()},
+        "kernels": [kernel for op in spec.ops for kernel in _kernels(op)],
+        "laws": _laws(spec, check),
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        _print_facts(facts, hidden_size, spec)
+    if not all(law.get("held", True) for law in facts["laws"]):
+        raise typer.Exit(LAWS_BROKEN)
+
+
+def _model_around(spec: BlockSpec, width: int) -> ModelConfig:
+    """A model section of the given width that uses the block, with heads of about 64 channels."""
+    from ultrazoo.config import ModelConfig
+
+    heads = next(count for count in range(max(1, width // HEAD_WIDTH), 0, -1) if width % count == 0)
+    field = {"mixer": "layer_pattern", "ffn": "ffn_type", "norm": "norm_type"}[spec.kind]
+    return ModelConfig.model_validate(
+        {
+            "hidden_size": width,
+            "num_heads": heads,
+            "retention_heads": heads,
+            "ffn_hidden_size": 4 * width,
+            field: [spec.name] if spec.kind == "mixer" else spec.name,
+        }
+    )
+
+
+def _kernels(op: str) -> list[dict[str, Any]]:
+    import torch
+
+    from ultrazoo.ops import kernel_status
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    found = [kernel_status(op, device) for device in devices]
+    return [
+        {"op": op, "device": status.device, "compiled": status.compiled, "detail": status.detail, "fix": status.fix}
+        for status in found
+    ]
+
+
+def _laws(spec: BlockSpec, check: bool) -> list[dict[str, Any]]:
+    """The laws of the mixer contract; measured here and now if asked for."""
+    if spec.kind != "mixer":
+        return []
+    from ultrazoo.testing.laws import LAWS, run_laws
+
+    laws: list[dict[str, Any]] = [
+        {"law": name, "says": (law.__doc__ or "").replace("``", "")} for name, law in LAWS.items()
+    ]
+    if check:
+        for entry, result in zip(laws, run_laws(spec), strict=True):
+            entry |= {"held": result.passed, "what": result.what, "measured": result.measured, "limit": result.limit}
+    return laws
+
+
+def _print_facts(facts: dict[str, Any], hidden_size: int, spec: BlockSpec) -> None:
+    state = "every key and value of the row" if facts["state_size"] is None else f"{facts['state_size']:,} numbers"
+    about = {
+        "kind": spec.kind,
+        "paper": spec.paper,
+        "equation": spec.equation,
+        "parameters": f"{facts['parameters']:,} at hidden_size {hidden_size}",
+        **({"state": state} if spec.kind == "mixer" else {}),
+    }
+    options = [(name, json.dumps(option["value"]), option["help"]) for name, option in facts["options"].items()]
+    kernels = [
+        (k["op"], k["device"], "compiled" if k["compiled"] else "reference", k["detail"]) for k in facts["kernels"]
+    ]
+    measured = any("held" in law for law in facts["laws"])
+    laws = [(law["law"], _verdict(law) if measured else law["says"]) for law in facts["laws"]]
+    tables: list[tuple[str, Sequence[str], Iterable[Sequence[Any]]]] = [
+        (spec.name, ("", ""), about.items()),
+        ("Read from the model section", ("field", "here"), facts["model_fields"].items()),
+        (f"Options, under model.block_options.{spec.name}", ("option", "default", "meaning"), options),
+        ("Kernels", ("op", "device", "runs", "why"), kernels),
+        ("Laws, measured" if measured else "Laws (--check measures them)", ("", ""), laws),
+    ]
+    shown = [table for table in tables if table[2]]
+    for number, (title, headers, rows) in enumerate(shown):
+        print("\n" * (number > 0), end="")
+        print_table(title, headers, rows)
+
+
+def _verdict(law: dict[str, Any]) -> str:
+    verdict = "holds" if law["held"] else "BROKEN"
+    return f"{verdict}: {law['what']}: {law['measured']:.3g}, limit {law['limit']:.3g}"
+
+
+def schema(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write it to this file.")] = None,
+) -> None:
+    """Print the JSON Schema of a config file, with the blocks of every installed plugin."""
+    from ultrazoo.config import json_schema
+
+    text = json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+    if output is None:
+        print(text, end="")
+    else:
+        output.write_text(text, encoding="utf-8")
+        say(f"wrote {output}")
+
+
+def plugins(as_json: Json = False) -> None:
+    """List the installed plugins, what each offers, and why a broken one is left out."""
+    from ultrazoo.plugins import load_plugins
+
+    found: list[dict[str, Any]] = [
+        {
+            "name": plugin.name,
+            "distribution": plugin.distribution,
+            "version": plugin.version,
+            "blocks": [spec.name for spec in plugin.blocks],
+            "ops": [spec.name for spec in plugin.ops],
+            "presets": [spec.name for spec in plugin.presets],
+            "error": plugin.error,
+        }
+        for plugin in load_plugins()
+    ]
+    if as_json:
+        print_json(found)
+        return
+    offers = ("blocks", "ops", "presets")
+    headers = ("name", "distribution", "version", *offers)
+    print_table(
+        "Plugins",
+        headers,
+        [[*(p[h] for h in headers[:3]), *("broken" if p["error"] else len(p[o]) for o in offers)] for p in found],
+    )
+    for plugin in found:
+        if plugin["error"]:
+            say(f"warning: {plugin['error']}")
