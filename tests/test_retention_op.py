@@ -56,10 +56,12 @@ def test_gradcheck(causal: bool) -> None:
     q, k, v = (torch.randn(2, 7, 2, n, dtype=torch.float64, generator=generator, requires_grad=True) for n in (2, 2, 1))
     log_decay = torch.tensor([-0.03, -0.4], dtype=torch.float64)
     segments = torch.tensor([[1, 1, 1, 2, 2, 0, 0], [0, 3, 3, 3, 3, 3, 5]])
-    for kwargs in ({}, {"segments": segments, "chunk_size": 3}):
-        assert torch.autograd.gradcheck(
-            lambda *x, kwargs=kwargs: retention(*x, log_decay, causal=causal, **kwargs), (q, k, v)
-        )
+
+    def in_documents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return retention(q, k, v, log_decay, causal=causal, segments=segments, chunk_size=3)
+
+    assert torch.autograd.gradcheck(lambda q, k, v: retention(q, k, v, log_decay, causal=causal), (q, k, v))
+    assert torch.autograd.gradcheck(in_documents, (q, k, v))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -76,11 +78,12 @@ def test_packed_documents_equal_the_documents_apart(causal: bool) -> None:
     sample = BY_NAME["packed"]
     *qkv, log_decay = sample.args
     segments = sample.kwargs["segments"]
-    packed = retention(*qkv, log_decay, segments=segments, causal=causal)
+    packed = retention(*sample.args, segments=segments, causal=causal)
     assert packed[segments == 0].abs().max() == 0
     for row, number in ((0, 1), (0, 2), (0, 3), (1, 4), (3, 7)):
         here = segments[row] == number
-        apart = retention(*(x[row : row + 1, here] for x in qkv), log_decay, causal=causal)
+        alone = [x[row : row + 1, here] for x in qkv]
+        apart = retention(*[*alone, log_decay], causal=causal)
         torch.testing.assert_close(packed[row, here], apart[0], rtol=1e-12, atol=1e-12)
 
 
@@ -90,7 +93,7 @@ def test_what_stands_at_padding_reaches_no_token_and_no_gradient() -> None:
     padding = (segments == 0)[:, :, None, None]
     clean = [x.clone().requires_grad_() for x in sample.args[:3]]
     dirty = [x.masked_fill(padding, torch.nan).requires_grad_() for x in sample.args[:3]]
-    results = [retention(*x, sample.args[3], segments=segments) for x in (clean, dirty)]
+    results = [retention(*[*x, sample.args[3]], segments=segments) for x in (clean, dirty)]
     assert torch.equal(results[0], results[1])
     for o in results:
         o.square().sum().backward()
@@ -117,7 +120,7 @@ def test_compiles_as_one_graph() -> None:
     gradients = []
     for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
         inputs = [x.clone().requires_grad_() for x in sample.args[:3]]
-        function(*inputs, sample.args[3], sample.kwargs["segments"]).backward()
+        function(*[*inputs, sample.args[3], sample.kwargs["segments"]]).backward()
         gradients.append([x.grad for x in inputs])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
@@ -129,7 +132,7 @@ def test_half_precision_is_rounded_once(name: str, dtype: torch.dtype) -> None:
     sample = next(s for s in SPEC.samples(CPU, dtype) if s.name == name)
     inputs = [x.requires_grad_() for x in sample.args[:3]]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        o = retention(*inputs, sample.args[3], **sample.kwargs)
+        o = retention(*[*inputs, sample.args[3]], **sample.kwargs)
     exact = retention(*(x.double() for x in sample.args), **sample.kwargs)
     assert o.dtype == dtype
     torch.testing.assert_close(o.double(), exact, rtol=torch.finfo(dtype).eps * 0.51, atol=1e-5)

@@ -154,13 +154,15 @@ def selective_scan_loop(
         delta = delta + delta_bias
     delta = torch.where(real, F.softplus(delta, threshold=_LINEAR_FROM) if delta_softplus else delta, 0)
     state = u.new_zeros(u.shape[0], *A.shape)  # (batch, dim, state)
-    previous = torch.zeros_like(documents[:, 0]) if u.shape[1] else documents
     y: list[Tensor] = []
-    for t in sorted(range(u.shape[1]), reverse=reverse):
-        state = state * documents[:, t].eq(previous)[:, None, None]
-        state = torch.exp(delta[:, t, :, None] * A) * state + (delta * u)[:, t, :, None] * B[:, t, None, :]
-        y.append((state * C[:, t, None, :]).sum(2))
-        previous = documents[:, t]
+    previous: Tensor | None = None
+    steps = list(zip(*(x.unbind(1) for x in (delta, delta * u, B, C, documents)), strict=True))
+    for delta_t, input_t, B_t, C_t, document in reversed(steps) if reverse else steps:
+        if segments is not None and previous is not None:
+            state = state * document.eq(previous)[:, None, None]
+        state = torch.exp(delta_t[:, :, None] * A) * state + input_t[:, :, None] * B_t[:, None, :]
+        y.append((state @ C_t[:, :, None]).squeeze(2))
+        previous = document
     result = torch.stack(y[::-1] if reverse else y, dim=1) if y else torch.zeros_like(u)
     if D is not None:
         result = result + D * u
