@@ -141,3 +141,11 @@ def test_untied_head_has_its_own_table_of_the_same_shape():
     expected = nn.functional.silu(hidden @ head.dense.weight.T + head.dense.bias) @ head.decoder.weight.T
     torch.testing.assert_close(head(hidden, ignored), expected)
     assert head.decoder.weight.shape == (V, E)
+
+
+def test_a_head_that_starts_from_counts_scores_them_by_their_log_share():
+    config = EmbeddingConfig(vocab_size=7, hidden_size=4)
+    head = MaskedLMHead(config, torch.nn.LayerNorm(4))
+    head.start_from(torch.tensor([0, 9, 4, 0, 2]))
+    expected = torch.tensor([1.0, 10, 5, 1, 3, 1, 1]) / 22
+    torch.testing.assert_close(head.bias.detach().exp(), expected)

@@ -45,8 +45,6 @@ class SigmoidAttention(nn.Module):
         config: Options.
     """
 
-    _own_init = True
-
     def __init__(self, config: SigmoidAttnConfig) -> None:
         super().__init__()
         self.dropout = config.dropout

@@ -23,8 +23,6 @@ class StandardAttention(nn.Module):
         config: Options.
     """
 
-    _own_init = True
-
     def __init__(self, config: StandardAttnConfig) -> None:
         super().__init__()
         self.dropout = config.dropout

@@ -52,8 +52,6 @@ class TitanAttention(nn.Module):
         config: Options.
     """
 
-    _own_init = True
-
     def __init__(self, config: TitanAttnConfig) -> None:
         super().__init__()
         width = config.hidden_size
@@ -75,6 +73,8 @@ class TitanAttention(nn.Module):
         self.attention_norm, self.memory_norm = RMSNorm(norm), RMSNorm(norm)
         tokens = torch.randn(config.persistent_tokens, width) * config.initializer_range
         self.persistent = nn.Parameter(tokens) if config.persistent_tokens else None
+        if self.persistent is not None:
+            self.persistent._no_weight_decay = True  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
         """Attend, remember, and gate one with the other.

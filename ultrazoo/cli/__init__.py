@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ultrazoo import __version__
-from ultrazoo.cli import data, run, use, zoo
+from ultrazoo.cli import bench, data, run, use, zoo
 from ultrazoo.cli.console import log_to_stderr, print_error, say
 from ultrazoo.errors import UltrazooError
 
@@ -34,6 +34,7 @@ app.command("plot")(use.plot)
 data_app = typer.Typer(help="Prepare training data.", no_args_is_help=True)
 data_app.command("convert")(data.convert)
 app.add_typer(data_app, name="data")
+app.add_typer(bench.app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:
@@ -56,6 +57,7 @@ def main() -> None:
 
     An error that the user can cure is one block of text on stderr; ``ULTRAZOO_DEBUG=1`` adds the traceback.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: spinning threads starve a busy machine
     log_to_stderr()
     try:
         app(prog_name="ultrazoo")

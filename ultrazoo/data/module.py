@@ -272,8 +272,8 @@ class DataModule:
         return self._validation
 
     @cached_property
-    def unigram_entropy(self) -> float:
-        """-sum p log p in nats per token, special tokens left out: the loss of the best guess that sees no context.
+    def unigram_counts(self) -> NDArray[np.int64]:
+        """(tokenizer's size,) how often each token occurs, special tokens left out.
 
         Over all tokens where there is a cache; else over the held-out ones and a window of the others.
         """
@@ -282,8 +282,13 @@ class DataModule:
         else:
             seen = np.concatenate([self._held_out.ids, self._sample[1].ids])
             counts = np.bincount(seen, minlength=self.vocabulary.size)
-        counts = counts[~self.vocabulary.is_special]
-        shares = counts[counts > 0] / max(counts.sum(), 1)
+        return np.where(self.vocabulary.is_special, 0, counts).astype(np.int64)
+
+    @cached_property
+    def unigram_entropy(self) -> float:
+        """-sum p log p in nats per token of ``unigram_counts``: the loss of the best guess that sees no context."""
+        counts = self.unigram_counts[self.unigram_counts > 0]
+        shares = counts / max(counts.sum(), 1)
         return float(-(shares * np.log(shares)).sum())
 
     @property

@@ -73,6 +73,7 @@ class Embeddings(nn.Module):
         if config.position_embedding == "learned":
             self.positions = nn.Embedding(config.max_position_embeddings, D)
             nn.init.normal_(self.positions.weight, std=config.initializer_range)
+            self.positions.weight._no_weight_decay = True  # type: ignore[attr-defined]
         sinusoidal = config.position_embedding == "sinusoidal"
         self.position_scale = nn.Parameter(torch.full((1,), D**-0.5)) if sinusoidal else None
         self.scale = None if getattr(norm, "has_statistics", True) else nn.Parameter(torch.full((1,), D**0.5))
@@ -157,6 +158,19 @@ class MaskedLMHead(nn.Module):
             self.decoder = nn.Linear(config.width, config.vocab_size, bias=False)
             nn.init.normal_(self.decoder.weight, std=config.initializer_range)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    @torch.no_grad()
+    def start_from(self, counts: Tensor) -> None:
+        """Set the bias to the log share of each token, one added to every count: the guess that sees no context.
+
+        An optimiser that moves each number by about the learning rate takes hundreds of steps to get there by itself.
+
+        Args:
+            counts: (at most V,) occurrences by token id; later ids count as not seen.
+        """
+        seen = torch.ones_like(self.bias)
+        seen[: counts.numel()] += counts.to(seen)
+        self.bias.copy_(torch.log(seen / seen.sum()))
 
     def forward(self, hidden: Tensor, table: Tensor) -> Tensor:
         """Score the vocabulary.

@@ -231,6 +231,7 @@ class NeuralMemory(nn.Module):
         self.conv = SegmentConv1d(3 * hidden_size, 3 * hidden_size, conv_kernel, groups=3 * hidden_size, bias=False)
         self.gates = nn.Linear(hidden_size, 2 * 3 * num_heads)  # direction, (alpha, eta, theta), head
         self.initial = nn.Parameter(torch.zeros(2, num_heads, width, width))
+        self.initial._no_weight_decay = True  # type: ignore[attr-defined]
         nn.init.normal_(self.qkv.weight, std=initializer_range)
         nn.init.normal_(self.gates.weight, std=initializer_range)
         with torch.no_grad():
