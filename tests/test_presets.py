@@ -166,7 +166,8 @@ def test_training_section_needs_no_local_files_and_fits_training_from_scratch(na
     loaded = load_config(CONFIGS / f"{name}.yaml")
     training = loaded.config.training
     assert training.local_parquet_dir is None and training.tokenizer is None and training.cache_dir is None
-    assert 5e-4 <= training.learning_rate <= 1e-3
+    highest = 3e-3 if name == "embbert" else 1e-3  # 128 wide, minutes of training: measured, see the file
+    assert 5e-4 <= training.learning_rate <= highest
     assert loaded.notices == []  # nothing is set that has no effect
     lines = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "# yaml-language-server: $schema=./ultrazoo.schema.json"
