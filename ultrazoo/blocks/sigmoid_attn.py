@@ -94,7 +94,7 @@ SPEC = BlockSpec(
     kind="mixer",
     module=SigmoidAttention,
     config=SigmoidAttnConfig,
-    paper="Theory, Analysis, and Best Practices for Sigmoid Self-Attention, arXiv 2409.04431",
+    paper="arXiv 2409.04431",
     equation="o = sigmoid(q k^T / sqrt K - log n) v",
     bidirectional=True,
 )

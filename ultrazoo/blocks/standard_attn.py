@@ -49,7 +49,7 @@ SPEC = BlockSpec(
     kind="mixer",
     module=StandardAttention,
     config=StandardAttnConfig,
-    paper="Attention Is All You Need, arXiv 1706.03762",
+    paper="arXiv 1706.03762",
     equation="o = softmax(q k^T / sqrt K) v",
     bidirectional=True,
 )

@@ -121,7 +121,7 @@ SPEC = BlockSpec(
     kind="mixer",
     module=TitanAttention,
     config=TitanAttnConfig,
-    paper="Titans: Learning to Memorize at Test Time, arXiv 2501.00663",
+    paper="arXiv 2501.00663",
     equation="o = (norm(attention([p || x])) * sigmoid(norm(memory(x)))) W_o",
     bidirectional=True,
 )
