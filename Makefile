@@ -48,3 +48,8 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(wildcard setup.py)
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml $(wildcard setup.py)
 	$(PIP) install -e '.[dev]'
 	touch $(VENV)/.installed $@
+
+# make bench   parity, then pytest-benchmark over the ops' realistic samples; ARGS="-k retention" picks some
+.PHONY: bench
+bench: $(VENV)/.dev
+	$(BIN)/python -m pytest bench $(ARGS)

@@ -1,9 +1,7 @@
 // Products of small matrices that lie in cache, for cpu.cpp files. Leading dimensions of B and C are multiples of
-// kLanes and the memory up to them is there, so no product needs a mask; what stands between the last column and the
-// leading dimension of B reaches only the same columns of C.
+// kLanes and the memory up to them is there, so no product needs a mask.
 #pragma once
 
-#include "common/arena.h"
 #include "common/simd.h"
 
 namespace uz::UZ_ISA {
@@ -17,9 +15,7 @@ struct Matrix {  // element (i, k) at data[i * row + k * col]
   int64_t row, col;
 };
 
-struct Nothing {
-  void operator()() const {}
-};
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 template <int kRows, int kVecs, bool kAdd>
 inline void tile(Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth) {
@@ -45,14 +41,11 @@ inline void tile(Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, i
     for (int j = 0; j < kVecs; ++j) store(c + i * ldc + j * kLanes, sum[i][j]);
 }
 
-template <int kVecs, bool kAdd, class Hook>
-inline void tile_column(Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t depth,
-                        Hook& before_tile) {
+template <int kVecs, bool kAdd>
+inline void tile_column(Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t depth) {
   int64_t i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows) {
-    before_tile();
+  for (; i + kTileRows <= rows; i += kTileRows)
     tile<kTileRows, kVecs, kAdd>({a.data + i * a.row, a.row, a.col}, b, ldb, c + i * ldc, ldc, depth);
-  }
   const Matrix rest = {a.data + i * a.row, a.row, a.col};
   switch (rows - i) {
     case 5:
@@ -71,24 +64,22 @@ inline void tile_column(Matrix a, const float* b, int64_t ldb, float* c, int64_t
 }
 
 // C = A B, or C += A B: A (rows, depth), B (depth, columns), C (rows, columns); columns are rounded up to kLanes.
-// before_tile() is called in between: to prefetch.
-template <bool kAdd, class Hook>
-void gemm(Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t columns, int64_t depth,
-          Hook&& before_tile) {
+template <bool kAdd>
+void gemm(Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t columns, int64_t depth) {
   const int64_t vecs = round_up(columns, kLanes) / kLanes;
   int64_t j = 0;
   for (; j + kTileVecs <= vecs; j += kTileVecs)
-    tile_column<kTileVecs, kAdd>(a, b + j * kLanes, ldb, c + j * kLanes, ldc, rows, depth, before_tile);
+    tile_column<kTileVecs, kAdd>(a, b + j * kLanes, ldb, c + j * kLanes, ldc, rows, depth);
   b += j * kLanes, c += j * kLanes;
   switch (vecs - j) {
     case 3:
-      if constexpr (kTileVecs > 3) return tile_column<3, kAdd>(a, b, ldb, c, ldc, rows, depth, before_tile);
+      if constexpr (kTileVecs > 3) return tile_column<3, kAdd>(a, b, ldb, c, ldc, rows, depth);
       [[fallthrough]];
     case 2:
-      if constexpr (kTileVecs > 2) return tile_column<2, kAdd>(a, b, ldb, c, ldc, rows, depth, before_tile);
+      if constexpr (kTileVecs > 2) return tile_column<2, kAdd>(a, b, ldb, c, ldc, rows, depth);
       [[fallthrough]];
     case 1:
-      return tile_column<1, kAdd>(a, b, ldb, c, ldc, rows, depth, before_tile);
+      return tile_column<1, kAdd>(a, b, ldb, c, ldc, rows, depth);
     default:
       return;
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ class Machine:
     threads: int
     cpu_kernels: str | None
     """Instruction set of the compiled CPU kernels; None without any."""
+    library: str | None
+    """Start of the SHA-256 of the library of compiled kernels: rows with the same one ran the same kernels."""
     system: str
     python: str
     torch: str
@@ -59,6 +62,7 @@ def describe(device: torch.device, clock: str = "wall") -> Machine:
         cores=os.cpu_count() or 1,
         threads=torch.get_num_threads(),
         cpu_kernels=loader.cpu_isa() if device.type == "cpu" else None,
+        library=_library(),
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
         torch=torch.__version__,
@@ -77,6 +81,11 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Case, 
         GEMM: (lambda: torch.mm(a, b, out=product), 2.0 * GEMM_SIZE**3),
         COPY: (lambda: target.copy_(source), 8.0 * COPY_NUMBERS),
     }
+
+
+def _library() -> str | None:
+    path = loader.load().path
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path else None
 
 
 def _name(device: torch.device) -> str:

@@ -119,11 +119,17 @@ def time_sample(bench: Bench, spec: OpSpec, sample: Sample, family: str | None =
         status = kernel_of(spec, bench.device)
         if status is not None and status.compiled:
             stack.enter_context(kernel_policy("compiled"))
-        ways = _ways(bench, spec, sample)
-        bench.measure(task, f"{spec.name} {family or family_of(sample)}", ways)
+        bench.measure(task, f"{spec.name} {family or family_of(sample)}", ways(bench, spec, sample))
 
 
-def _ways(bench: Bench, spec: OpSpec, sample: Sample) -> dict[str, Case]:
+def ways(bench: Bench, spec: OpSpec, sample: Sample) -> dict[str, Case]:
+    """Return backend -> function that calls an op once on a sample, for every backend that is wanted.
+
+    The compiled kernels run only under the kernel policy ``compiled`` or ``auto``.
+
+    Raises:
+        KernelUnavailableError: A backend was asked for by name and cannot run here.
+    """
     status = kernel_of(spec, bench.device)
     functions: dict[str, Callable[..., Any]] = {}
     if status is None:
@@ -136,10 +142,10 @@ def _ways(bench: Bench, spec: OpSpec, sample: Sample) -> dict[str, Case]:
             raise KernelUnavailableError(reason)
         bench.tell_once(f"{reason}; timed without it")
     functions |= {"reference": spec.reference, **spec.baselines}
-    ways = {name: _case(bench, spec, function, sample) for name, function in functions.items() if bench.wants(name)}
+    cases = {name: _case(bench, spec, function, sample) for name, function in functions.items() if bench.wants(name)}
     if bench.wants(inductor.TORCH_COMPILE, default=False):
-        ways |= _torch_compile(bench, spec, sample)
-    return ways
+        cases |= _torch_compile(bench, spec, sample)
+    return cases
 
 
 def _torch_compile(bench: Bench, spec: OpSpec, sample: Sample) -> dict[str, Case]:

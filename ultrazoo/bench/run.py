@@ -93,3 +93,5 @@ def run(
             raise ConfigError("--backward: a model is timed by its training step, which has one; leave it out")
         loaded = load_config(what)
         bench_model(bench, loaded.config, loaded.name, lengths, batch=batch)
+    if not bench.rows:
+        raise ConfigError(f"--backend: none of {', '.join(bench.backends or ())} could be timed; choose others")
