@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ultrazoo import __version__
-from ultrazoo.cli import bench, data, run, use, zoo
+from ultrazoo.cli import bench, data, prove, run, use, zoo
 from ultrazoo.cli.console import log_to_stderr, print_error, say
 from ultrazoo.errors import UltrazooError
 
@@ -28,6 +28,8 @@ app.command("list")(zoo.list_)
 app.command("show")(zoo.show)
 app.command("schema")(zoo.schema)
 app.command("plugins")(zoo.plugins)
+app.command("parity")(prove.parity)
+app.command("doctor")(prove.doctor)
 app.command("fill-mask")(use.fill_mask)
 app.command("encode")(use.encode)
 app.command("plot")(use.plot)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.gradcheck import GradcheckError, gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -308,8 +309,8 @@ def _gradcheck(spec: OpSpec, samples: list[Sample]) -> tuple[bool, None, None, s
         inputs = [given[name].requires_grad_() for name in wrt]
         with kernel_policy("reference"):
             try:
-                torch.autograd.gradcheck(function, inputs, eps=1e-6, atol=1e-6, rtol=1e-4, fast_mode=True)
-            except torch.autograd.gradcheck.GradcheckError as error:  # type: ignore[attr-defined]
+                gradcheck(function, inputs, eps=1e-6, atol=1e-6, rtol=1e-4, fast_mode=True)
+            except GradcheckError as error:
                 return False, None, None, f"{sample.name}: {str(error).splitlines()[0]}"
         checked += 1
     return checked > 0, None, None, f"{checked} samples of at most {GRADCHECK_ELEMENTS} elements"
