@@ -22,7 +22,7 @@ from ultrazoo.spec import BlockSpec
 from ultrazoo.testing.laws import run_laws
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/plugins.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/plugins.md", "docs/kernels.md")
 
 
 def blocks(document: str, language: str) -> list[str]:
@@ -46,10 +46,13 @@ def test_every_command_parses_and_names_what_exists(command: str, monkeypatch: p
     parser: Any = typer.main.get_command(app)
     rest = shlex.split(command)[1:]
     while hasattr(parser, "commands"):
-        parser = parser.commands[rest.pop(0)]
+        first = "run" if parser.name == "bench" and rest[0] not in parser.commands else rest.pop(0)
+        parser = parser.commands[first]
     options = parser.make_context(parser.name, rest).params
     if "config" in options:
         load_config(options["config"], options["overrides"] or [])
+    if parser.name == "parity":
+        assert options["subject"] in {"all", *registry().mixers(), *(name.split("::")[1] for name in registry().ops())}
     if "block" in options:
         registry().find_block(options["block"])
 
