@@ -53,6 +53,7 @@ def call(*arguments: str | Path) -> int:
         patch.setattr(logger, "handlers", [])
         patch.setattr(logger, "level", logger.level)
         patch.setattr(sys, "argv", ["ultrazoo", *map(str, arguments)])
+        patch.setenv("COLUMNS", "200")  # else as wide as the terminal of whoever runs the tests
         main()
     code = stopped.value.code
     return code if isinstance(code, int) else 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +15,7 @@ from ultrazoo.bench.timing import Case, Clock, Timing, free_memory, interleave
 from ultrazoo.errors import UnknownNameError
 from ultrazoo.testing.parity import Check
 
-PATIENCE = 10.0
+PATIENCE = 20.0
 """Seconds that one call may be expected to take before it is left out."""
 
 
@@ -45,7 +46,8 @@ class Bench:
     clock: Clock = time.perf_counter
     rows: list[Row] = field(default_factory=list)
     parity: list[Check] = field(default_factory=list)
-    _latest: dict[tuple[str, str], Row] = field(default_factory=dict)
+    _known: dict[tuple[str, str], list[Row]] = field(default_factory=dict)
+    _refused: set[tuple[str, str]] = field(default_factory=set)
     _told: set[str] = field(default_factory=set)
 
     @property
@@ -95,7 +97,8 @@ class Bench:
         timings = interleave(cases, self.device, seconds=self.seconds, clock=self.clock)
         gemm, copy = (limits[name][1] / timings[name].median / 1e9 for name in (GEMM, COPY))
         rows = [self._row(task, name, timings[name], gemm, copy) for name in ways]
-        self._latest.update({(family, row.backend): row for row in rows})
+        for row in rows:
+            self._known.setdefault((family, row.backend), []).append(row)
         self.rows += rows
         return rows
 
@@ -126,18 +129,35 @@ class Bench:
         )
 
     def _bearable(self, task: Task, family: str, backend: str) -> bool:
-        """Expect time and memory to grow with tokens x length, as the worst of the backends do."""
-        last = self._latest.get((family, backend))
-        if last is None or not last.length or not task.length or task.length <= last.length:
+        """Tell whether time and memory of a call, as they grew so far, will be small enough at a greater length."""
+        known = self._known.get((family, backend), [])
+        if not known or not task.length or task.length <= (known[-1].length or 0):
             return True
-        growth = task.tokens * task.length / (last.tokens * last.length)
         free = free_memory(self.device)
-        seconds, peak = last.median_s * growth, (last.peak_bytes or 0) * growth
+        seconds = _expected(task, [(row, row.median_s) for row in known])
+        peak = _expected(task, [(row, float(row.peak_bytes or 0)) for row in known])
         if seconds > PATIENCE:
             reason = f"might take {seconds:.0f} s a call"
         elif free is not None and peak > free / 2:
             reason = f"might take {peak / 2**30:.1f} GiB, of {free / 2**30:.1f} free"
         else:
             return True
-        self.tell_once(f"{task.name}: {backend} is left out from L = {task.length} on: it {reason}")
+        if (family, backend) not in self._refused:
+            self._refused.add((family, backend))
+            self.say(f"{family}: {backend} is left out from L = {task.length} on: it {reason}")
         return False
+
+
+def _expected(task: Task, known: Sequence[tuple[Row, float]]) -> float:
+    """Extrapolate a quantity of a call, which per token is a power of the length between 0 and 1.
+
+    The power is that of the two latest rows; with one row, the worst is expected.
+    """
+    row, last = known[-1]
+    power = 1.0
+    if len(known) > 1:
+        row_before, before = known[-2]
+        longer = (row.length or 1) / (row_before.length or 1)
+        if before > 0 and last > 0 and longer > 1:
+            power = min(1.0, max(0.0, math.log(last / row.tokens * row_before.tokens / before) / math.log(longer)))
+    return last * task.tokens / row.tokens * ((task.length or 1) / (row.length or 1)) ** power

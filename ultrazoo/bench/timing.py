@@ -12,8 +12,11 @@ from pathlib import Path
 
 import torch
 
-LEAST_SECONDS = 2e-3
-"""A measurement repeats short calls until it lasts about this long."""
+LEAST_SECONDS, MOST_REPEATS = 5e-3, 1000
+"""A measurement repeats a short call for about this long."""
+LONG_SECONDS = 0.05
+"""A shorter call is measured after as many untimed ones: the case before took the caches, and perhaps the memory that
+the allocator kept."""
 LEAST_ROUNDS, LEAST_LONG_ROUNDS, MOST_ROUNDS = 5, 3, 1000
 """Three rounds are enough where they take more than twice the time."""
 
@@ -41,27 +44,25 @@ def interleave(
 ) -> dict[str, Timing]:
     """Call every case once per round, in turn, until the time is up; each round begins with the next case.
 
-    Before the rounds every case is called three times: once to warm up, once with its memory watched, and once to tell
-    how often a measurement must repeat it.
+    Short calls are measured warm. Before the rounds every case is called once to warm up, once with its memory watched,
+    and then as often as it takes to tell how many calls a measurement needs.
 
     Args:
         cases: Name -> function without arguments.
-        device: Where they run; CUDA is synchronised around each measurement.
+        device: Where they run; a GPU is synchronised around each measurement.
         seconds: Time for all rounds together; there are at least five, or three long ones.
         clock: Returns seconds.
     """
     for case in cases.values():
         case()
     peak = {name: peak_memory(case, device) for name, case in cases.items()}
-    repeats = {
-        name: max(1, int(LEAST_SECONDS / max(_measure(case, 1, device, clock), 1e-7))) for name, case in cases.items()
-    }
+    plans = {name: _plan(case, device, clock) for name, case in cases.items()}
     found: dict[str, list[float]] = {name: [] for name in cases}
     order = list(cases)
     start, rounds = clock(), 0
     while _another(rounds, clock() - start, seconds):
         for name in order:
-            found[name].append(_measure(cases[name], repeats[name], device, clock))
+            found[name].append(_measure(cases[name], *plans[name], device, clock))
         order.append(order.pop(0))
         rounds += 1
     return {name: _summary(values, peak[name]) for name, values in found.items()}
@@ -72,9 +73,21 @@ def _another(rounds: int, spent: float, seconds: float) -> bool:
     return rounds < least or (spent < seconds and rounds < MOST_ROUNDS)
 
 
-def _measure(case: Case, repeats: int, device: torch.device, clock: Clock) -> float:
-    if repeats > 1:
-        case()  # short enough that it matters what the case before left in the caches
+def _plan(case: Case, device: torch.device, clock: Clock) -> tuple[int, int]:
+    """Choose how many untimed and how many timed calls make up one measurement."""
+    start, calls = clock(), 0
+    while calls < MOST_REPEATS and (calls == 0 or clock() - start < LEAST_SECONDS):
+        case()
+        _synchronize(device)
+        calls += 1
+    once = (clock() - start) if calls == 1 else _measure(case, 0, calls, device, clock)
+    repeats = max(1, min(MOST_REPEATS, int(LEAST_SECONDS / max(once, 1e-7))))
+    return (repeats if once < LONG_SECONDS else 0), repeats
+
+
+def _measure(case: Case, untimed: int, repeats: int, device: torch.device, clock: Clock) -> float:
+    for _ in range(untimed):
+        case()
     _synchronize(device)
     start = clock()
     for _ in range(repeats):
@@ -86,6 +99,8 @@ def _measure(case: Case, repeats: int, device: torch.device, clock: Clock) -> fl
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def _summary(values: list[float], peak_bytes: int | None) -> Timing:

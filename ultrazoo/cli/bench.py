@@ -105,36 +105,34 @@ def run(
     place = pick_device(device)
     if plot is not None:
         require_lengths(what, lengths)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
     if place.type == "cpu":
         keep_memory()
-    try:
+    quiet = logging.WARNING if "ULTRAZOO_LOG" not in os.environ else logging.NOTSET
+    with _threads(threads), _progress() as progress:
         machine = describe(place, "cpu" if cpu_time else "wall")
         if machine.is_busy and not cpu_time:
             say(
                 f"note: load {machine.load:.1f} on {machine.cores} cores: threads that wait for each other are slow "
                 "and uneven then; try again when the machine is free, or --threads 1 --cpu-time"
             )
-        quiet = logging.WARNING if "ULTRAZOO_LOG" not in os.environ else logging.NOTSET
-        with _progress() as progress, _log_level(quiet):
-            bench = Bench(
-                device=place,
-                dtype=getattr(torch, dtype),
-                machine=machine,
-                clock=time.process_time if cpu_time else time.perf_counter,
-                seconds=seconds,
-                backward=backward,
-                backends=tuple(part.strip() for part in backend.split(",")) if backend else None,
-                say=say,
-                progress=progress,
-            )
-            run_bench(bench, what, lengths, hidden_size=hidden_size, batch=batch)
-    finally:
-        torch.set_num_threads(before)
-    if output is not None:
-        append_rows(output, bench.rows)
-        say(f"appended {len(bench.rows)} rows to {output}")
+        bench = Bench(
+            device=place,
+            dtype=getattr(torch, dtype),
+            machine=machine,
+            clock=time.process_time if cpu_time else time.perf_counter,
+            seconds=seconds,
+            backward=backward,
+            backends=tuple(part.strip() for part in backend.split(",")) if backend else None,
+            say=say,
+            progress=progress,
+        )
+        try:
+            with _log_level(quiet):
+                run_bench(bench, what, lengths, hidden_size=hidden_size, batch=batch)
+        finally:
+            if output is not None and bench.rows:  # also what was measured before an error or Ctrl-C
+                append_rows(output, bench.rows)
+                say(f"appended {len(bench.rows)} rows to {output}")
     _print(bench, as_json)
     if plot is not None:
         from ultrazoo.bench.chart import draw
@@ -196,6 +194,19 @@ def _print(bench: Bench, as_json: bool) -> None:
     print("\n".join(dict.fromkeys(table.legend for table in tables)))
     for title, crossing in crossed:
         print(f"{title}: {crossing}")
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Give torch a number of threads for a while."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
