@@ -1,4 +1,5 @@
-// What the bind.cpp files share: from torch's stable tensors to raw pointers. Never included by cpu.cpp or cuda.cu.
+// What the bind.cpp files share: from torch's stable tensors to raw pointers.
+// Never included by cpu.cpp or cuda.cu.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -37,6 +38,21 @@ inline void check_same_shape(const Tensor& x, const Tensor& like, const char* wh
 
 inline Tensor empty_contiguous(const Tensor& like, ScalarType type) {
   return torch::stable::new_empty(like, like.sizes(), type);
+}
+
+// body(scratch, begin, end) over parts of [0, items), one part per thread, each
+// with its own `floats` of uninitialised memory, aligned to 64 bytes.
+template <class Body>
+void parallel_with_scratch(const Tensor& like, int64_t items, int64_t floats, const Body& body) {
+  const int64_t threads = torch::stable::get_num_threads(), parts = items < threads ? items : threads;
+  const int64_t each = (floats + 15) / 16 * 16, sizes[2] = {parts, each};
+  const Tensor scratch =
+      torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes, 2), ScalarType::Float);
+  float* memory = scratch.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part)
+      body(memory + part * each, items * part / parts, items * (part + 1) / parts);
+  });
 }
 
 }  // namespace uz

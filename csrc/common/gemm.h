@@ -1,12 +1,16 @@
-// Products of small matrices that lie in cache, for cpu.cpp files. Leading dimensions of B and C are multiples of
-// kLanes and the memory up to them is there, so no product needs a mask.
+// Products of small matrices that lie in cache, for cpu.cpp files. Leading
+// dimensions of B and C are multiples of kLanes and the memory up to them is
+// there, so no product needs a mask; what stands between the last column and
+// the leading dimension of B reaches only the same columns of C.
 #pragma once
 
+#include "common/arena.h"
 #include "common/simd.h"
 
 namespace uz::UZ_ISA {
 
-// Registers of one tile: kTileRows x kTileVecs sums, kTileVecs of B and one of A.
+// Registers of one tile: kTileRows x kTileVecs sums, kTileVecs of B and one of
+// A.
 inline constexpr int kTileRows = 6;
 inline constexpr int kTileVecs = UZ_ISA_LEVEL >= 2 ? 4 : 2;
 
@@ -15,7 +19,9 @@ struct Matrix {  // element (i, k) at data[i * row + k * col]
   int64_t row, col;
 };
 
-constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+struct Nothing {
+  void operator()() const {}
+};
 
 template <int kRows, int kVecs, bool kAdd>
 inline void tile(Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth) {
@@ -41,11 +47,14 @@ inline void tile(Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, i
     for (int j = 0; j < kVecs; ++j) store(c + i * ldc + j * kLanes, sum[i][j]);
 }
 
-template <int kVecs, bool kAdd>
-inline void tile_column(Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t depth) {
+template <int kVecs, bool kAdd, class Hook>
+inline void tile_column(Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t depth,
+                        Hook& before_tile) {
   int64_t i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows)
+  for (; i + kTileRows <= rows; i += kTileRows) {
+    before_tile();
     tile<kTileRows, kVecs, kAdd>({a.data + i * a.row, a.row, a.col}, b, ldb, c + i * ldc, ldc, depth);
+  }
   const Matrix rest = {a.data + i * a.row, a.row, a.col};
   switch (rows - i) {
     case 5:
@@ -63,43 +72,58 @@ inline void tile_column(Matrix a, const float* b, int64_t ldb, float* c, int64_t
   }
 }
 
-// C = A B, or C += A B: A (rows, depth), B (depth, columns), C (rows, columns); columns are rounded up to kLanes.
-template <bool kAdd>
-void gemm(Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t columns, int64_t depth) {
+// C = A B, or C += A B: A (rows, depth), B (depth, columns), C (rows, columns);
+// columns are rounded up to kLanes. before_tile() is called in between: to
+// prefetch.
+template <bool kAdd, class Hook>
+void gemm(Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t columns, int64_t depth,
+          Hook&& before_tile) {
   const int64_t vecs = round_up(columns, kLanes) / kLanes;
   int64_t j = 0;
   for (; j + kTileVecs <= vecs; j += kTileVecs)
-    tile_column<kTileVecs, kAdd>(a, b + j * kLanes, ldb, c + j * kLanes, ldc, rows, depth);
+    tile_column<kTileVecs, kAdd>(a, b + j * kLanes, ldb, c + j * kLanes, ldc, rows, depth, before_tile);
   b += j * kLanes, c += j * kLanes;
   switch (vecs - j) {
     case 3:
-      if constexpr (kTileVecs > 3) return tile_column<3, kAdd>(a, b, ldb, c, ldc, rows, depth);
+      if constexpr (kTileVecs > 3) return tile_column<3, kAdd>(a, b, ldb, c, ldc, rows, depth, before_tile);
       [[fallthrough]];
     case 2:
-      if constexpr (kTileVecs > 2) return tile_column<2, kAdd>(a, b, ldb, c, ldc, rows, depth);
+      if constexpr (kTileVecs > 2) return tile_column<2, kAdd>(a, b, ldb, c, ldc, rows, depth, before_tile);
       [[fallthrough]];
     case 1:
-      return tile_column<1, kAdd>(a, b, ldb, c, ldc, rows, depth);
+      return tile_column<1, kAdd>(a, b, ldb, c, ldc, rows, depth, before_tile);
     default:
       return;
   }
 }
 
-// out (columns, rows) = x (rows, columns) transposed; rows and columns are rounded up to 4.
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+
+template <int i, int j, int k, int l>
+inline Four pick(Four a, Four b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, i, j, k, l);
+#else
+  typedef int32_t Places __attribute__((vector_size(16)));
+  return __builtin_shuffle(a, b, Places{i, j, k, l});
+#endif
+}
+
+// out (columns, rows) = x (rows, columns) transposed; rows and columns are
+// rounded up to 4.
 inline void transpose(const float* x, int64_t ldx, float* out, int64_t ldo, int64_t rows, int64_t columns) {
-  typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
   for (int64_t i = 0; i < rows; i += 4) {
     for (int64_t j = 0; j < columns; j += 4) {
       const float* p = x + i * ldx + j;
       const Four a = *reinterpret_cast<const Four*>(p), b = *reinterpret_cast<const Four*>(p + ldx);
       const Four c = *reinterpret_cast<const Four*>(p + 2 * ldx), d = *reinterpret_cast<const Four*>(p + 3 * ldx);
-      const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-      const Four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd2 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+      const Four ab = pick<0, 4, 1, 5>(a, b), ab2 = pick<2, 6, 3, 7>(a, b);
+      const Four cd = pick<0, 4, 1, 5>(c, d), cd2 = pick<2, 6, 3, 7>(c, d);
       float* q = out + j * ldo + i;
-      *reinterpret_cast<Four*>(q) = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
-      *reinterpret_cast<Four*>(q + ldo) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-      *reinterpret_cast<Four*>(q + 2 * ldo) = __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5);
-      *reinterpret_cast<Four*>(q + 3 * ldo) = __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7);
+      *reinterpret_cast<Four*>(q) = pick<0, 1, 4, 5>(ab, cd);
+      *reinterpret_cast<Four*>(q + ldo) = pick<2, 3, 6, 7>(ab, cd);
+      *reinterpret_cast<Four*>(q + 2 * ldo) = pick<0, 1, 4, 5>(ab2, cd2);
+      *reinterpret_cast<Four*>(q + 3 * ldo) = pick<2, 3, 6, 7>(ab2, cd2);
     }
   }
 }

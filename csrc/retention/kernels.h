@@ -1,4 +1,5 @@
-// o_n = sum_m exp(log_decay |n - m|) (q_n . k_m) v_m within each document, over the m that the mode names.
+// o_n = sum_m exp(log_decay |n - m|) (q_n . k_m) v_m within each document, over
+// every m or over m <= n.
 #pragma once
 
 #include <cstdint>
@@ -8,20 +9,31 @@
 
 namespace uz {
 
-enum class RetentionMode : int { both, causal, anticausal };  // every m; m <= n; m >= n
-
 struct Retention {
-  const void *q, *k, *v;    // (batch, length, heads, key), the same, (batch, length, heads, value), contiguous
+  const void *q, *k, *v;    // (batch, length, heads, key), the same, (batch,
+                            // length, heads, value), contiguous
   void* o;                  // (batch, length, heads, value)
   const float* log_decay;   // (heads,)
-  const int64_t* segments;  // (batch, length), 0 at padding; or null: each row is one document
+  const int64_t* segments;  // (batch, length), 0 at padding; or null: each row
+                            // is one document
   int64_t length, heads, key, value, chunk;
   DType dtype;
-  RetentionMode mode;
+  bool causal;
 };
 
+struct RetentionBackward {
+  Retention forward;   // its o is not used
+  const void* grad;    // of o
+  void *dq, *dk, *dv;  // like q, k and v
+};
+
+// Items are row * heads + head; scratch is as many floats as scratch_floats
+// says.
 struct RetentionKernels {
-  void (*retention)(const Retention&, int64_t begin, int64_t end);  // items row * heads + head
+  int64_t (*scratch_floats)(const Retention&);
+  void (*forward)(const Retention&, float* scratch, int64_t begin, int64_t end);
+  int64_t (*backward_scratch_floats)(const RetentionBackward&);
+  void (*backward)(const RetentionBackward&, float* scratch, int64_t begin, int64_t end);
 };
 
 UZ_KERNELS(RetentionKernels, retention_kernels)

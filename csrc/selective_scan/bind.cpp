@@ -81,8 +81,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& u, const Tensor& delta, const T
   if (y.numel() == 0) return {y, states};
   in.args.y = y.mutable_data_ptr();
   in.args.states = states.mutable_data_ptr<float>();
-  torch::stable::parallel_for(
-      0, in.items(), 1, [&](int64_t begin, int64_t end) { selective_scan_kernels().forward(in.args, begin, end); });
+  const SelectiveScanKernels& kernels = selective_scan_kernels();
+  parallel_with_scratch(
+      u, in.items(), kernels.scratch_floats(in.args),
+      [&](float* scratch, int64_t begin, int64_t end) { kernels.forward(in.args, scratch, begin, end); });
   return {y, states};
 }
 
@@ -123,8 +125,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
   };
   const int64_t items = length > 0 ? in.items() : 0;
   if (items == 0) torch::stable::zero_(dA), torch::stable::zero_(dD), torch::stable::zero_(dbias);
-  torch::stable::parallel_for(0, items, 1,
-                              [&](int64_t begin, int64_t end) { selective_scan_kernels().backward(args, begin, end); });
+  const SelectiveScanKernels& kernels = selective_scan_kernels();
+  parallel_with_scratch(
+      u, items, kernels.backward_scratch_floats(args),
+      [&](float* scratch, int64_t begin, int64_t end) { kernels.backward(args, scratch, begin, end); });
   return {du,
           ddelta,
           sum_first(dA, wide),
