@@ -42,7 +42,7 @@ class OpSpec:
 
     ``op`` is the public function, ``reference`` the readable one in plain torch. ``samples`` are small and nasty,
     ``bench_samples`` of realistic size; both are called with a device and a dtype. ``constants`` are the floating-point
-    arguments that have no gradient.
+    arguments that have no gradient; ``straight_through`` says that gradients are by definition not the derivatives.
     """
 
     name: str
@@ -54,6 +54,7 @@ class OpSpec:
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     differentiable: bool = True
     constants: tuple[str, ...] = ()
+    straight_through: bool = False
     baselines: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 

@@ -239,6 +239,7 @@ SPECS = (
         samples=samples,
         bench_samples=bench_samples,
         cost=cost,
+        straight_through=True,
         baselines={"linear": _linear},
     ),
     OpSpec(

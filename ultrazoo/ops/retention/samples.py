@@ -64,7 +64,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
 
 
 def bench_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
-    """Small and nasty calls."""
+    """Calls of realistic size."""
     draw = _Draw(device, dtype)
     for L in (128, 256, 512, 1024, 2048, 4096):
         for V in (64, 128):
