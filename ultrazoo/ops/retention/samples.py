@@ -82,6 +82,7 @@ def cost(sample: Sample) -> Cost:
     V = v.shape[3]
     causal = bool(sample.kwargs.get("causal", False))
     pairs = min(L, DEFAULT_CHUNK) * (0.5 if causal else 1.0)
-    states = 0 if L <= DEFAULT_CHUNK else (1 if causal else 2)
+    chunks = max(1, -(-L // DEFAULT_CHUNK))
+    states = (1 if causal else 2) * (chunks - 1) / chunks  # nothing enters the first chunk or leaves the last one
     flops = B * L * H * (2 * pairs * (K + V) + 4 * states * K * V)
     return Cost(flops=flops, bytes=sum(x.numel() * x.element_size() for x in (q, k, v, v)))
