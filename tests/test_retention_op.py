@@ -180,5 +180,5 @@ def test_cost_counts_matrix_products() -> None:
     pairs, states = (
         1024 * 2 * 64 * (64 + 128),
         (1024 - 64) * 8 * 64 * 128,
-    )  # 15 of 16 chunks have a neighbour, either way
+    )
     assert SPEC.cost(sample).flops == 4 * 8 * (pairs + states)
