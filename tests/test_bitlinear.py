@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ultrazoo.nn.bitlinear import BitLinear, int8_ste, make_linear, ternary_ste
+from ultrazoo.nn.bitlinear import BitLinear, PackedBitLinear, int8_ste, make_linear, pack, ternary_ste
 from ultrazoo.ops import bitlinear
 
 D, OUT = 24, 10
@@ -123,3 +123,27 @@ def test_compiles_into_one_graph_and_round_trips():
     x = torch.randn(3, D, dtype=torch.float64)
     assert other(x).equal(layer(x))
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_model_gives_the_same_outputs_at_a_sixteenth_of_the_weights(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(BitLinear(48, 40), nn.GELU(), nn.Sequential(BitLinear(40, 7, bias=False)), nn.Linear(7, 3))
+    x = torch.randn(2, 5, 48)
+    before = sum(layer.weight.numel() * 4 for layer in model.modules() if isinstance(layer, BitLinear))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        expected = model(x)
+        packed = pack(model)
+        rounding = 8 * torch.finfo(dtype).eps  # the two sum in the same integers, and round where their dtypes say
+        torch.testing.assert_close(packed(x), expected, rtol=rounding, atol=rounding)
+    assert packed is model and not any(isinstance(layer, BitLinear) for layer in model.modules())
+    after = sum(layer.packed.numel() for layer in model.modules() if isinstance(layer, PackedBitLinear))
+    assert after <= before / 16 * 1.5  # tiles of 16 x 16 round 40 and 7 rows up
+    assert isinstance(pack(BitLinear(8, 8)), PackedBitLinear)
+
+
+def test_a_packed_layer_keeps_its_state():
+    first, second = (PackedBitLinear(BitLinear(20, 12)) for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(3, 20)
+    assert torch.equal(first(x), second(x))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ultrazoo.ops import bitlinear
+from ultrazoo.ops import bitlinear, bitlinear_packed, pack_ternary
 
 NORM_EPS = 1e-5
 SCALE_EPS = 1e-5
@@ -60,9 +60,51 @@ class BitLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) to (..., out_features), in the autocast dtype where autocast is on."""
-        wide = torch.promote_types(x.dtype, self.norm.weight.dtype)
-        normed = F.rms_norm(x.to(wide), (self.in_features,), self.norm.weight.to(wide), NORM_EPS)
-        return bitlinear(normed.to(autocast_dtype(x)), self.weight, self.bias, eps=SCALE_EPS)
+        return bitlinear(_normed(x, self.norm.weight), self.weight, self.bias, eps=SCALE_EPS)
+
+
+class PackedBitLinear(nn.Module):
+    """``BitLinear`` for inference: the weight in two bits a number, summed in integers; no gradient.
+
+    ``packed`` and ``scale`` are those of ``ultrazoo.ops.pack_ternary``, whose docstring has the layout.
+
+    Args:
+        layer: The layer to take over; it is not changed.
+    """
+
+    packed: Tensor
+    scale: Tensor
+
+    def __init__(self, layer: BitLinear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.norm, self.bias = layer.norm, layer.bias
+        packed, scale = pack_ternary(layer.weight, eps=SCALE_EPS)
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., in_features) to (..., out_features), in the autocast dtype where autocast is on."""
+        normed = _normed(x, self.norm.weight).detach()
+        return bitlinear_packed(normed, self.packed, self.scale, self.bias, eps=SCALE_EPS)
+
+
+def pack(model: nn.Module) -> nn.Module:
+    """Replace every ``BitLinear`` inside a model by its packed form, in place, and return the model.
+
+    The experts of a mixture keep their weights: they are not layers of their own.
+    """
+    if isinstance(model, BitLinear):
+        return PackedBitLinear(model)
+    for name, child in model.named_children():
+        setattr(model, name, pack(child))
+    return model
+
+
+def _normed(x: Tensor, gain: Tensor) -> Tensor:
+    """RMSNorm over the last dimension in x's dtype or the gain's, the wider, then in autocast's where it is on."""
+    wide = torch.promote_types(x.dtype, gain.dtype)
+    return F.rms_norm(x.to(wide), gain.shape, gain.to(wide), NORM_EPS).to(autocast_dtype(x))
 
 
 def make_linear(in_features: int, out_features: int, *, bias: bool = True, bitnet: bool = False) -> nn.Linear:
