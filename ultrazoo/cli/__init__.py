@@ -18,8 +18,8 @@ SIGNALLED = 128
 """Exit codes above this say which signal ended a run that is whole: no error."""
 
 SPINS = "1000"
-"""How long a thread of libgomp waits awake for the others; read when torch loads. By default it is so long that on a busy
-machine the waiting threads starve the working ones: a training step took 10 to 40 times as long."""
+"""How long a thread of libgomp waits awake for the others; read when torch loads. By default it is so long that on a
+busy machine waiting threads starve the working ones: a training step took 10 to 40 times as long."""
 
 app = typer.Typer(
     help="Train text encoders from a YAML file, out of blocks that are plugins.",
