@@ -15,7 +15,7 @@ from torch import Tensor
 from ultrazoo.ops.library import _ops, define
 from ultrazoo.registry import registry
 from ultrazoo.spec import Cost, OpSpec, Sample
-from ultrazoo.testing import parity
+from ultrazoo.testing import measure, parity
 from ultrazoo.testing.parity import check_op, relative_error
 
 CPU = torch.device("cpu")
@@ -205,7 +205,7 @@ def test_the_command_reports_every_check_and_exits_3_on_a_failure(
     report = json.loads(capsys.readouterr().out)
     assert report["failed"] == 0 and report["passed"] == len(report["checks"]) > 8
     assert {check["backend"] for check in report["checks"]} >= {"reference"}
-    monkeypatch.setattr(parity, "FLOOR_ROUNDINGS", -1e3)
+    monkeypatch.setattr(measure, "FLOOR_ROUNDINGS", -1e3)
     assert call("parity", "rk4_stage", "--dtype", "float32") == 3
     assert "FAIL" in capsys.readouterr().out
     assert call("parity", "rk4stage") == 2

@@ -10,7 +10,8 @@ namespace uz {
 namespace {
 
 using Optional = std::optional<Tensor>;
-constexpr int64_t kGrain = 1 << 15;  // numbers that are worth a thread
+constexpr int64_t kGrain = 1 << 15;                 // numbers that are worth a thread
+constexpr int64_t kMostColumns = 0x7fffffff / 256;  // codes of 0, 1, 2 times integers of up to 128
 
 int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
 
@@ -26,6 +27,8 @@ struct Tokens {
 };
 
 Tokens quantize(const Tensor& x, int64_t columns, double eps, const char* where) {
+  STD_TORCH_CHECK(columns <= kMostColumns, where, ": got ", columns, " columns, expected at most ", kMostColumns,
+                  ", for the sums to fit int32");
   const Tensor from = torch::stable::contiguous(x);
   const int64_t count = columns > 0 ? x.numel() / columns : 0, stride = tiles(columns) * kTile;
   Tokens t = {empty(x, {count, stride}, ScalarType::Char),
@@ -89,9 +92,9 @@ Tensor product(const Tokens& tokens, const Tensor& x, const uint8_t* packed, con
       .bias_dtype = bias ? dtype_of(*bias, where) : DType::fp32,
       .one_scale = one_scale,
   };
-  const int64_t group_rows = kTileRows * kTile, blocks = (tokens.count + kTokenBlock - 1) / kTokenBlock;
-  const int64_t together = tokens.count < kTokenBlock ? tokens.count : kTokenBlock;
-  torch::stable::parallel_for(0, blocks * ((rows + group_rows - 1) / group_rows),
+  const int64_t group_rows = kTileRows * kTile, panels = (tokens.count + kTokenPanel - 1) / kTokenPanel;
+  const int64_t together = tokens.count < kTokenPanel ? tokens.count : kTokenPanel;
+  torch::stable::parallel_for(0, panels * ((rows + group_rows - 1) / group_rows),
                               grain(tokens.columns * group_rows / 16 * (together > 0 ? together : 1)),
                               [&](int64_t begin, int64_t end) { bitlinear_kernels().product(args, begin, end); });
   return y;

@@ -9,9 +9,10 @@
 
 namespace uz {
 
-inline constexpr int64_t kTile = 16;        // rows and columns of a tile of 64 bytes
-inline constexpr int64_t kTokenBlock = 16;  // tokens that share one unpacking of a tile
-inline constexpr int64_t kTileRows = 8;     // rows of tiles, per item, that share those tokens
+inline constexpr int64_t kTile = 16;        // rows and columns of a tile
+inline constexpr int64_t kTileBytes = 64;   // at two bits
+inline constexpr int64_t kTokenPanel = 96;  // tokens of an item of the product
+inline constexpr int64_t kTileRows = 4;     // rows of tiles of an item
 
 struct Quantize {    // integers = clamp(round(127 x / peak)), scale = peak / 127, peak = max |x| of the token, at least
                      // eps
@@ -51,7 +52,7 @@ struct BitlinearKernels {
   void (*quantize)(const Quantize&, int64_t begin, int64_t end);      // tokens
   double (*absolute_sum)(const Ternary&, int64_t row);                // of one row of the weight
   void (*ternarize)(const Ternary&, int64_t begin, int64_t end);      // rows of tiles
-  void (*product)(const PackedProduct&, int64_t begin, int64_t end);  // items token block * row groups + row group
+  void (*product)(const PackedProduct&, int64_t begin, int64_t end);  // items token panel * row groups + row group
   void (*scale)(void* x, DType dtype, float by, int64_t begin, int64_t end);  // x *= by
   void (*dequantize)(const int8_t* integers, const float* scale, int64_t columns, void* x, DType dtype, int64_t begin,
                      int64_t end);  // tokens: x = integers scale

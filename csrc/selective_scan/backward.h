@@ -15,13 +15,13 @@ class ScanGradients {
       : b_(b),
         a_(b.forward),
         chunk_(a_, arena),
-        state_(take_vectors(arena, chunk_.states)),
         g_(take_vectors(arena, kGroup / kLanes * chunk_.states)),
         dA_(take_vectors(arena, kGroup / kLanes * chunk_.states)),
         dD_(take_vectors(arena, kGroup / kLanes)),
         dbias_(take_vectors(arena, kGroup / kLanes)),
         dB_(take_vectors(arena, kChunk * chunk_.states)),
         dC_(take_vectors(arena, kChunk * chunk_.states)),
+        state_(take_vectors(arena, chunk_.states)),
         a_of_(take_vectors(arena, kChunk * chunk_.states)),
         carried_of_(take_vectors(arena, kChunk * chunk_.states)),
         dy_(take_vectors(arena, kChunk)),
@@ -43,8 +43,7 @@ class ScanGradients {
         const int64_t channel = first_channel + block * kLanes, left = channels - block * kLanes;
         recompute(block, channel, left);
         dD_[block] = dD_[block] + load_gradients(channel, left);
-        for (int64_t n = 0; n < states; n += kStates)
-          retreat(chunk_.A + block * states + n, g_ + block * states + n, dA_ + block * states + n, n);
+        for (int64_t n = 0; n < states; n += kStates) retreat(block, n);
         dbias_[block] = dbias_[block] + store_gradients(channel, left);
       }
       reduce(dB_, b_.dB, group * a_.batch * a_.length);
@@ -54,19 +53,21 @@ class ScanGradients {
   }
 
  private:
+  static constexpr int64_t kFew = 8;  // terms that are summed up before they are added to a longer sum: less is rounded
+
   void recompute(int64_t block, int64_t channel, int64_t left) const {
     for (int64_t n = 0; n < chunk_.states; ++n)
       state_[n] = n < a_.state ? load_some(chunk_.kept_state(n) + channel, left) : set1(0.0f);
     chunk_.load_inputs(channel, left);
-    clear(chunk_.sum, chunk_.steps());
+    clear(chunk_.sum, chunk_.steps()), clear(ddt_, chunk_.steps()), clear(ddtu_, chunk_.steps());
     for (int64_t n = 0; n < chunk_.states; n += kStates)
-      chunk_.template advance<true>(chunk_.A + block * chunk_.states + n, state_ + n, n, channel, a_of_, carried_of_);
+      chunk_.template advance<true>(block, state_ + n, n, a_of_, carried_of_);
   }
 
   // The gradient of <C, h> into dy_, and that of z; returns what the chunk adds
   // to that of D.
   Vec load_gradients(int64_t channel, int64_t left) const {
-    Vec dD = set1(0.0f);
+    Vec dD[4] = {set1(0.0f), set1(0.0f), set1(0.0f), set1(0.0f)};
     const Vec D = a_.D != nullptr ? load_some(a_.D + channel, left) : set1(0.0f);
     for (int64_t s = 0; s < chunk_.steps(); ++s) {
       const int64_t at = chunk_.offset(s, channel);
@@ -78,40 +79,47 @@ class ScanGradients {
         dy = dy * (z * gate);
       }
       dy_[s] = dy;
-      dD = fma(dy, chunk_.u[s], dD);
+      dD[s % 4] = fma(dy, chunk_.u[s], dD[s % 4]);
     }
-    return dD;
+    return (dD[0] + dD[1]) + (dD[2] + dD[3]);
   }
 
-  // kStates states of a block of channels, from n on: g moves back, its parts
+  // kStates states of a block of channels, from n on, through the chunk: g moves back, its parts
   // go to dA, ddt_, ddtu_, dB_ and dC_.
-  void retreat(const Vec* A, Vec* adjoint, Vec* dA, int64_t n) const {
-    Vec g[kStates];
+  void retreat(int64_t block, int64_t n) const {
+    const int64_t states = chunk_.states;
+    const Vec* A = chunk_.A + block * states + n;
+    Vec *adjoint = g_ + block * states + n, *dA_total = dA_ + block * states + n;
+    Vec g[kStates], dA[kStates];
 #pragma GCC unroll 16
-    for (int i = 0; i < kStates; ++i) g[i] = adjoint[i];
+    for (int i = 0; i < kStates; ++i) g[i] = adjoint[i], dA[i] = set1(0.0f);
     for (int64_t s = chunk_.steps() - 1; s >= 0; --s) {
       if (chunk_.ends(s)) {
 #pragma GCC unroll 16
         for (int i = 0; i < kStates; ++i) g[i] = set1(0.0f);
       }
       const Vec dt = chunk_.dt[s], dtu = chunk_.dtu[s], dy = dy_[s];
-      const int64_t at = s * chunk_.states + n;
+      const int64_t at = s * states + n;
       const float *B = chunk_.B + at, *C = chunk_.C + at;
-      Vec ddt = set1(0.0f), ddtu = set1(0.0f);
+      Vec ddt[2] = {set1(0.0f), set1(0.0f)}, ddtu[2] = {set1(0.0f), set1(0.0f)};
 #pragma GCC unroll 16
       for (int i = 0; i < kStates; ++i) {
         const Vec carried = carried_of_[at + i], h = fma(dtu, set1(B[i]), carried);
         g[i] = fma(dy, set1(C[i]), g[i]);
         dC_[at + i] = fma(dy, h, dC_[at + i]);
         dB_[at + i] = fma(g[i], dtu, dB_[at + i]);
-        ddtu = fma(g[i], set1(B[i]), ddtu);
+        ddtu[i % 2] = fma(g[i], set1(B[i]), ddtu[i % 2]);
         const Vec through = g[i] * carried;  // the gradient of dt A
-        ddt = fma(through, A[i], ddt);
+        ddt[i % 2] = fma(through, A[i], ddt[i % 2]);
         dA[i] = fma(through, dt, dA[i]);
         g[i] = g[i] * a_of_[at + i];
       }
-      ddt_[s] = n == 0 ? ddt : ddt_[s] + ddt;
-      ddtu_[s] = n == 0 ? ddtu : ddtu_[s] + ddtu;
+      ddt_[s] = ddt_[s] + (ddt[0] + ddt[1]);
+      ddtu_[s] = ddtu_[s] + (ddtu[0] + ddtu[1]);
+      if (s % kFew == 0) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kStates; ++i) dA_total[i] = dA_total[i] + dA[i], dA[i] = set1(0.0f);
+      }
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kStates; ++i) adjoint[i] = g[i];
@@ -122,15 +130,14 @@ class ScanGradients {
   Vec store_gradients(int64_t channel, int64_t left) const {
     T *du = static_cast<T*>(b_.du), *ddelta = static_cast<T*>(b_.ddelta);
     const Vec D = a_.D != nullptr ? load_some(a_.D + channel, left) : set1(0.0f);
-    Vec dbias = set1(0.0f);
+    Vec dbias[4] = {set1(0.0f), set1(0.0f), set1(0.0f), set1(0.0f)};
     for (int64_t s = 0; s < chunk_.steps(); ++s) {
       const int64_t at = chunk_.offset(s, channel);
-      const Vec by_step = a_.state > 0 ? ddt_[s] : set1(0.0f), by_input = a_.state > 0 ? ddtu_[s] : set1(0.0f);
-      Vec slope = fma(by_input, chunk_.u[s], by_step * set1(1.0f / kLog2e));
+      Vec slope = fma(ddtu_[s], chunk_.u[s], ddt_[s] * set1(static_cast<float>(1 / kLog2e)));
       if (a_.softplus) slope = slope * sigmoid(chunk_.raw_delta(s, channel, left));
-      store_some(du + at, fma(by_input, chunk_.dt[s], dy_[s] * D), left);
+      store_some(du + at, fma(ddtu_[s], chunk_.dt[s], dy_[s] * D), left);
       store_some(ddelta + at, slope, left);
-      dbias = dbias + slope;
+      dbias[s % 4] = dbias[s % 4] + slope;
     }
     for (int64_t i = 0; i < chunk_.paddings(); ++i) {
       const int64_t at = chunk_.padding_token(i) * a_.dim + channel;
@@ -138,7 +145,7 @@ class ScanGradients {
       store_some(ddelta + at, set1(0.0f), left);
       if (a_.z != nullptr) store_some(static_cast<T*>(b_.dz) + at, set1(0.0f), left);
     }
-    return dbias;
+    return (dbias[0] + dbias[1]) + (dbias[2] + dbias[3]);
   }
 
   void reduce(const Vec* x, float* out, int64_t first_token) const {
@@ -168,9 +175,9 @@ class ScanGradients {
   const SelectiveScanBackward& b_;
   const SelectiveScan& a_;
   ScanChunk<T, kStates> chunk_;
-  Vec *state_, *g_, *dA_, *dD_, *dbias_;
-  Vec *dB_, *dC_, *a_of_, *carried_of_;  // (steps, states) of one chunk
-  Vec *dy_, *ddt_, *ddtu_;               // one block of channels at each step
+  Vec *g_, *dA_, *dD_, *dbias_;
+  Vec *dB_, *dC_, *state_, *a_of_, *carried_of_;  // (steps, states) of one chunk, but for the state
+  Vec *dy_, *ddt_, *ddtu_;                        // one block of channels at each step
 };
 
 }  // namespace uz::UZ_ISA

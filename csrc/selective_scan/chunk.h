@@ -4,28 +4,14 @@
 #pragma once
 
 #include "common/arena.h"
-#include "common/simd.h"
+#include "selective_scan/exp2.h"
 #include "selective_scan/kernels.h"
 
 namespace uz::UZ_ISA {
 
 inline constexpr int64_t kChunk = kScanChunk;
 inline constexpr int64_t kGroup = 128;  // channels per item, a multiple of every kLanes
-inline constexpr float kLog2e = 1.44269504f;
-
-// 2^x for finite x, within 1 ulp; 0 below -150.
-inline Vec exp2(Vec x) {
-#if UZ_ISA_LEVEL < 2  // else the last instruction saturates by itself
-  x = min(set1(128.0f), max(set1(-150.0f), x));
-#endif
-  const Vec n = round(x), r = x - n;
-  Vec p = fma(set1(1.5353362e-4f), r, set1(1.3398875e-3f));
-  p = fma(p, r, set1(9.6184374e-3f));
-  p = fma(p, r, set1(5.5503325e-2f));
-  p = fma(p, r, set1(2.4022648e-1f));
-  p = fma(p, r, set1(6.9314720e-1f));
-  return scale_by_power_of_2(fma(p, r, set1(1.0f)), n);
-}
+inline constexpr double kLog2e = 1.4426950408889634;
 
 template <class P>
 inline Vec load_some(const P* p, int64_t left) {
@@ -77,7 +63,7 @@ class ScanChunk {
   // A log2(e) of some channels, (blocks, states, lanes); 0 in the states and
   // channels that are not there.
   void load_group(int64_t row, int64_t first_channel, int64_t channels) {
-    row_ = row;
+    row_ = row, first_channel_ = first_channel;
     float largest = 0.0f;
     for (int64_t block = 0; block * kLanes < channels; ++block) {
       for (int64_t n = 0; n < states; ++n) {
@@ -85,7 +71,7 @@ class ScanChunk {
         for (int64_t i = 0; i < kLanes; ++i) {
           const int64_t channel = block * kLanes + i;
           const bool real = n < a_.state && channel < channels;
-          lanes[i] = real ? a_.A[(first_channel + channel) * a_.state + n] * kLog2e : 0.0f;
+          lanes[i] = real ? static_cast<float>(a_.A[(first_channel + channel) * a_.state + n] * kLog2e) : 0.0f;
           const float size = lanes[i] < 0.0f ? -lanes[i] : lanes[i];
           if (size > largest) largest = size;
         }
@@ -106,7 +92,7 @@ class ScanChunk {
   // is the chunk that comes after it.
   void enter(int64_t index, int64_t next) {
     index_ = index, steps_ = 0, paddings_ = 0;
-    to_next_ = next >= 0 && next < count() ? (next - index) * kChunk * a_.dim : 0;
+    to_next_ = next >= 0 && next < count() ? next - index : 0;
     const int64_t begin = index * kChunk, end = begin + kChunk < a_.length ? begin + kChunk : a_.length;
     for (int64_t i = 0; i < end - begin; ++i) {
       const int64_t position = a_.reverse ? end - 1 - i : begin + i;
@@ -139,11 +125,13 @@ class ScanChunk {
     }
   }
 
-  // kStates states of a block of channels, from n on, through the chunk: the
-  // states move on and <C, h> is added to sum; exp(dt A) and exp(dt A) h are
-  // kept, if asked for, as (steps, states).
+  // kStates states of a block of channels, from n on, through the chunk: the states move on and <C, h> is added to sum;
+  // exp(dt A) and exp(dt A) h are kept, if asked for, as (steps, states).
   template <bool kKeep>
-  void advance(const Vec* A_block, Vec* state, int64_t n, int64_t channel, Vec* a_of, Vec* carried_of) const {
+  void advance(int64_t block, Vec* state, int64_t n, Vec* a_of, Vec* carried_of) const {
+    const Vec *A_block = A + block * states + n, *dt_of = dt, *dtu_of = dtu;
+    Vec* const sum_of = sum;
+    const int64_t step_states = states;
     Vec h[kStates];
 #pragma GCC unroll 16
     for (int i = 0; i < kStates; ++i) h[i] = state[i];
@@ -152,24 +140,23 @@ class ScanChunk {
 #pragma GCC unroll 16
         for (int i = 0; i < kStates; ++i) h[i] = set1(0.0f);
       }
-      if (n == 0 && to_next_ != 0)
-        for (int i = 0; i < aheads_; ++i)
-          __builtin_prefetch(reinterpret_cast<const void*>(ahead_[i] + (offset(s, channel) + to_next_) * sizeof(T)));
-      const Vec dt_s = dt[s], dtu_s = dtu[s];
-      const float *B_s = B + s * states + n, *C_s = C + s * states + n;
+      if (n == 0 && to_next_ != 0) prefetch(s, block);
+      const Vec dt_s = dt_of[s], dtu_s = dtu_of[s];
+      const int64_t at = s * step_states + n;
+      const float *B_s = B + at, *C_s = C + at;
       Vec even = set1(0.0f), odd = set1(0.0f);
 #pragma GCC unroll 16
       for (int i = 0; i < kStates; ++i) {
         const Vec a = exp2(dt_s * A_block[i]);
         const Vec carried = a * h[i];
-        if constexpr (kKeep) {
-          a_of[s * states + n + i] = a;
-          carried_of[s * states + n + i] = carried;
-        }
         h[i] = fma(dtu_s, set1(B_s[i]), carried);
+        if constexpr (kKeep) {
+          a_of[at + i] = a;
+          carried_of[at + i] = carried;
+        }
         (i % 2 == 0 ? even : odd) = fma(h[i], set1(C_s[i]), i % 2 == 0 ? even : odd);
       }
-      sum[s] = sum[s] + (even + odd);
+      sum_of[s] = sum_of[s] + (even + odd);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kStates; ++i) state[i] = h[i];
@@ -179,6 +166,14 @@ class ScanChunk {
   int64_t segment(int64_t position) const { return a_.segments[row_ * a_.length + position]; }
   bool border(int64_t position, int64_t other) const {
     return a_.segments != nullptr && other >= 0 && other < a_.length && segment(position) != segment(other);
+  }
+
+  // What the next chunk reads and writes at this step, and one row of its kept state. Inlined, for g++ drops calls of
+  // functions that do nothing but prefetch.
+  __attribute__((always_inline)) void prefetch(int64_t step, int64_t block) const {
+    const int64_t channel = first_channel_ + block * kLanes, at = offset(step, channel) + to_next_ * kChunk * a_.dim;
+    for (int i = 0; i < aheads_; ++i) __builtin_prefetch(reinterpret_cast<const void*>(ahead_[i] + at * sizeof(T)));
+    if (step < a_.state) __builtin_prefetch(kept_state(step) + to_next_ * a_.state * a_.dim + channel);
   }
 
   void widen(const T* x, float* out) const {
@@ -198,7 +193,7 @@ class ScanChunk {
   Vec* A;    // (blocks, states), times log2(e)
 
  private:
-  int64_t row_ = 0, index_ = 0, steps_ = 0, paddings_ = 0, to_next_ = 0;
+  int64_t row_ = 0, first_channel_ = 0, index_ = 0, steps_ = 0, paddings_ = 0, to_next_ = 0;
   uintptr_t ahead_[8] = {};
   int aheads_ = 0;
   float longest_step_ = 0.0f;

@@ -27,7 +27,7 @@ class ScanForward {
         chunk_.load_inputs(channel, left);
         clear(chunk_.sum, chunk_.steps());
         for (int64_t n = 0; n < states; n += kStates)
-          chunk_.template advance<false>(chunk_.A + block * states + n, state + n, n, channel, nullptr, nullptr);
+          chunk_.template advance<false>(block, state + n, n, nullptr, nullptr);
         store_outputs(channel, left);
       }
     }

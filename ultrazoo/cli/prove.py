@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,80 +11,119 @@ import typer
 from ultrazoo.cli.console import print_json, print_table, say
 
 if TYPE_CHECKING:
-    from ultrazoo.testing.parity import Check
+    from ultrazoo.testing.measure import Check
 
 PARITY_FAILED = 3
 DTYPES = ("float32", "bfloat16", "float16")
+GROUPS = ("all", "ops", "blocks")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def parity(
-    subject: Annotated[str, typer.Argument(help="An op, a mixer, or all.")] = "all",
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    subject: Annotated[str, typer.Argument(help="An op, a mixer, ops, blocks, or all.")] = "all",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "cpu",
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16 or float16; may be repeated.")] = None,
+    isa: Annotated[
+        list[str] | None,
+        typer.Option(help="portable, avx2, avx512 or avx512vnni; may be repeated.  [default: all that this CPU has]"),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A row for each check.")] = False,
     as_json: Json = False,
 ) -> None:
     """Hold kernels to their references in float64, op by op and in whole models; exit 3 when one fails.
 
-    An op with a compiled kernel is checked on it and on the reference; an op without one on the reference alone. A
-    mixer is checked by its ops and by tiny models, one step and a training run of 50.
+    An op is checked on its compiled kernel, in each instruction set, and on its reference. A mixer is checked by its
+    ops, by the laws of the mixer contract, and by a tiny model, in one step and a training run of 50.
     """
     import torch
 
     from ultrazoo.errors import ConfigError, UnknownNameError
     from ultrazoo.registry import registry
     from ultrazoo.testing.model_parity import check_block
-    from ultrazoo.testing.parity import backends_of, check_op
+    from ultrazoo.testing.parity import Cases, backends_of, check_op, isas_of
+    from ultrazoo.train.runtime import pick_device
 
     for name in dtype or ():
         if name not in DTYPES:
             raise ConfigError(f"--dtype: got {name!r}, expected one of {', '.join(DTYPES)}")
-    zoo = registry()
+    zoo, target = registry(), pick_device(device)
     ops = {spec.name.partition("::")[2]: spec for spec in zoo.ops().values()}
-    mixers = {name: spec for name, spec in zoo.mixers().items() if spec.ops}
-    if subject != "all" and subject not in ops and subject not in zoo.ops() and subject not in mixers:
-        raise UnknownNameError("parity", subject, ["all", *ops, *mixers])
-    target = torch.device(device)
-    wanted = [spec for spec in ops.values() if subject in ("all", spec.name, spec.name.partition("::")[2])]
+    mixers = zoo.mixers()
+    if subject not in (*GROUPS, *ops, *zoo.ops(), *mixers):
+        raise UnknownNameError("parity", subject, [*GROUPS, *ops, *mixers])
+    wanted = [spec for spec in ops.values() if subject in ("all", "ops", spec.name, spec.name.partition("::")[2])]
     if subject in mixers:
         wanted = [zoo.op(name) for name in mixers[subject].ops]
     found: list[Check] = []
     for spec in wanted:
         for name in dtype or spec.dtypes:
+            say(f"parity: {spec.name} {name}")
+            kind: torch.dtype = getattr(torch, name)
+            cases = Cases(spec, target, kind)
             for backend in backends_of(spec, target):
-                say(f"parity: {spec.name} {name} {backend}")
-                found += check_op(spec, target, getattr(torch, name), backend)
+                levels = (isa or isas_of(spec, target)) if backend == "compiled" else [None]
+                for level in levels:
+                    first = level == levels[0]
+                    found += check_op(spec, target, kind, backend, isa=level, cases=cases, opcheck=first)
     for mixer in mixers.values():
-        if subject in ("all", mixer.name):
-            say(f"parity: models of {mixer.name}")
+        if subject in ("all", "blocks", mixer.name):
+            say(f"parity: {mixer.name}")
             found += check_block(mixer, target)
-    _report(found, as_json)
-
-
-def _report(found: list[Check], as_json: bool) -> None:
     failed = [check for check in found if not check.ok]
     if as_json:
         print_json({"passed": len(found) - len(failed), "failed": len(failed), "checks": [asdict(c) for c in found]})
     else:
-        headers = ("subject", "dtype", "backend", "check", "error", "tolerance", "verdict", "detail")
-        rows = [
-            (c.subject, c.dtype, c.backend, c.check, _number(c.error), _number(c.tolerance), _word(c.ok), c.detail)
-            for c in found
-        ]
-        print_table(f"Parity: {len(found) - len(failed)} of {len(found)} checks pass", headers, rows)
+        print_table(f"Parity: {len(found) - len(failed)} of {len(found)} checks pass", *_table(found, verbose))
     if failed:
         for check in failed:
-            say(f"FAILED {check.subject} {check.dtype} {check.backend}: {check.check}: {check.detail}")
+            say(f"FAILED {check.subject} {check.dtype} {_runs(check)}: {check.check}: {check.detail}")
         raise typer.Exit(PARITY_FAILED)
+
+
+def _table(found: list[Check], verbose: bool) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    """Return headers and rows: one for each check, or for all of them on one subject, dtype and backend."""
+    if verbose:
+        headers = ("subject", "dtype", "runs", "check", "error", "tolerance", "verdict", "detail")
+        return headers, [
+            (c.subject, c.dtype, _runs(c), c.check, _number(c.error), _number(c.tolerance), _verdict([c]), c.detail)
+            for c in found
+        ]
+    groups: dict[tuple[str, str, str], list[Check]] = {}
+    for check in found:
+        groups.setdefault((check.subject, check.dtype, _runs(check)), []).append(check)
+    rows = [
+        (
+            *key,
+            _worst(check for check in group if check.check in ("forward", "model loss")),
+            _worst(check for check in group if "gradient" in check.check and "law" not in check.check),
+            f"{sum(check.ok for check in group)} of {len(group)}",
+            _verdict(group),
+        )
+        for key, group in groups.items()
+    ]
+    return ("subject", "dtype", "runs", "forward error / allowed", "worst gradient", "checks", "verdict"), rows
+
+
+def _runs(check: Check) -> str:
+    return f"{check.backend} {check.isa}".rstrip()
+
+
+def _worst(checks: Iterable[Check]) -> str:
+    """Error and tolerance of the check that came nearest to its tolerance."""
+    measured = [(c.error, c.tolerance) for c in checks if c.error is not None and c.tolerance is not None]
+    if not measured:
+        return ""
+    error, allowed = max(measured, key=lambda pair: pair[0] / pair[1] if pair[1] > 0 else float("inf"))
+    return f"{error:.1e} / {allowed:.1e}"
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1e}"
 
 
-def _word(ok: bool) -> str:
-    return "ok" if ok else "FAIL"
+def _verdict(group: Iterable[Check]) -> str:
+    return "ok" if all(check.ok for check in group) else "FAIL"
 
 
 def doctor(as_json: Json = False) -> None:

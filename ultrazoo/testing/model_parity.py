@@ -11,29 +11,64 @@ from ultrazoo.config import ModelConfig
 from ultrazoo.model import IGNORED, MaskedLM, build_model
 from ultrazoo.ops.library import Policy, kernel_policy, kernel_status
 from ultrazoo.spec import BlockSpec
-from ultrazoo.testing.parity import FORWARD_FACTOR, GRADIENT_FACTOR, Check, floor_of, relative_error
+from ultrazoo.testing.laws import run_laws
+from ultrazoo.testing.measure import FORWARD_FACTOR, GRADIENT_FACTOR, Check, floor_of, relative_error
 
 VOCABULARY, ROWS, LENGTH = 64, 4, 72
 STEPS = 50
 DOCUMENTS = (30, 1, 33)
 """Lengths of the documents of each row; the rest is padding."""
+NOISY_RUNS = 3
+BITNET_OP = "ultrazoo::bitlinear"
 
 
 def check_block(spec: BlockSpec, device: torch.device) -> Iterator[Check]:
-    """Compare a model made of one mixer, on compiled kernels and on references.
+    """Yield every verdict on a mixer: its laws, and a model made of it on compiled kernels and on references.
 
-    The truth of one step is the reference in float64. The truth of a training run is the reference's own; how far runs
-    may drift apart is measured by a second reference run whose first weights differ by one rounding.
+    The model of a mixer without ops of its own is one of BitLinear layers, if it has those.
+    """
+    yield from check_laws(spec)
+    if spec.ops or "use_bitnet" in spec.config.model_fields:
+        yield from check_model(spec, device, bitnet=not spec.ops)
+
+
+def check_laws(spec: BlockSpec) -> Iterator[Check]:
+    """Yield one verdict per law of the mixer contract, on the CPU."""
+    for result in run_laws(spec):
+        yield Check(
+            subject=spec.name,
+            device="cpu",
+            dtype="float64",
+            backend="block",
+            check=f"law {result.number}: {result.law}",
+            ok=result.passed,
+            error=result.measured,
+            tolerance=result.limit,
+            detail=result.what,
+        )
+
+
+def check_model(spec: BlockSpec, device: torch.device, *, bitnet: bool) -> Iterator[Check]:
+    """Compare a model of two layers on compiled kernels and on references.
+
+    The truth of one step is the reference in float64, and the rule is that of the ops. The truth of a training run is
+    the reference's own; how far rounding alone drives two runs apart is measured by further reference runs, whose
+    weights are moved up or down by one rounding after every step.
+
+    Args:
+        spec: The mixer.
+        device: Where.
+        bitnet: Make the linear layers BitLinear, and hold that kernel to its reference too.
     """
 
     def verdict(
         check: str, ok: bool, error: float | None = None, tolerance: float | None = None, detail: str = ""
     ) -> Check:
         return Check(
-            subject=spec.name,
+            subject=f"{spec.name}, bitnet" if bitnet else spec.name,
             device=str(device),
             dtype="float32",
-            backend="compiled",
+            backend="model",
             check=check,
             ok=ok,
             error=error,
@@ -41,30 +76,30 @@ def check_block(spec: BlockSpec, device: torch.device) -> Iterator[Check]:
             detail=detail,
         )
 
-    absent = [status for op in spec.ops if not (status := kernel_status(op, device.type)).compiled]
+    ops = (*spec.ops, BITNET_OP) if bitnet else spec.ops
+    absent = [status for op in ops if not (status := kernel_status(op, device.type)).compiled]
     if absent:
         yield verdict("kernels exist", False, detail="; ".join(f"{status.op}: {status.detail}" for status in absent))
         return
-    loss, gradients = _step(spec, device, "compiled", torch.float32)
-    same_loss, same = _step(spec, device, "reference", torch.float32)
-    true_loss, truth = _step(spec, device, "reference", torch.float64)
+    loss, gradients = _step(spec, device, "compiled", torch.float32, bitnet)
+    same_loss, same = _step(spec, device, "reference", torch.float32, bitnet)
+    true_loss, truth = _step(spec, device, "reference", torch.float64, bitnet)
     error, allowed = relative_error(loss, true_loss), _allowed(same_loss, true_loss, FORWARD_FACTOR)
     yield verdict("model loss", error <= allowed, error, allowed)
-    worst = max(
-        (relative_error(gradients[name], want) / _allowed(same[name], want, GRADIENT_FACTOR), name)
-        for name, want in truth.items()
-    )[1]
-    error, allowed = (
-        relative_error(gradients[worst], truth[worst]),
-        _allowed(same[worst], truth[worst], GRADIENT_FACTOR),
-    )
-    yield verdict("model gradients", error <= allowed, error, allowed, f"worst in {worst}, of {len(truth)} parameters")
-    reference = _curve(spec, device, "reference")
-    nudged = _curve(spec, device, "reference", nudge=torch.finfo(torch.float32).eps)
-    compiled = _curve(spec, device, "compiled")
-    error = float((compiled - reference).abs().max() / reference.abs().max())
-    allowed = GRADIENT_FACTOR * float((nudged - reference).abs().max() / reference.abs().max()) + 1e-5
-    fell = f"loss {reference[0]:.3f} -> {reference[-1]:.3f}"
+    if set(gradients) != set(truth):
+        yield verdict("model gradients", False, detail=f"{sorted(set(gradients) ^ set(truth))} missing on one side")
+        return
+    errors = {name: relative_error(gradients[name], want) for name, want in truth.items()}
+    tolerances = {name: _allowed(same[name], want, GRADIENT_FACTOR) for name, want in truth.items()}
+    worst = max(truth, key=lambda name: errors[name] / tolerances[name])
+    detail = f"worst in {worst}, of {len(truth)} parameters"
+    ok = errors[worst] <= tolerances[worst]
+    yield verdict("model gradients", ok, errors[worst], tolerances[worst], detail)
+    reference, compiled = (_curve(spec, device, policy, bitnet) for policy in ("reference", "compiled"))
+    noisy = [_curve(spec, device, "reference", bitnet, noise=seed) for seed in range(1, NOISY_RUNS + 1)]
+    drift = max(relative_error(curve, reference) for curve in noisy)
+    error, allowed = relative_error(compiled, reference), GRADIENT_FACTOR * drift + floor_of(torch.float32)
+    fell = f"loss {reference[0]:.3f} -> {reference[-1]:.3f}, rounding alone {drift:.1e}"
     yield verdict(f"loss curve of {STEPS} steps", error <= allowed, error, allowed, fell)
 
 
@@ -72,7 +107,7 @@ def _allowed(same: Tensor, truth: Tensor, factor: float) -> float:
     return factor * relative_error(same, truth) + floor_of(torch.float32)
 
 
-def _model(spec: BlockSpec, device: torch.device) -> MaskedLM:
+def _model(spec: BlockSpec, device: torch.device, bitnet: bool) -> MaskedLM:
     torch.manual_seed(0)
     config = ModelConfig(
         vocab_size=VOCABULARY,
@@ -83,12 +118,13 @@ def _model(spec: BlockSpec, device: torch.device) -> MaskedLM:
         ffn_hidden_size=64,
         dropout=0.0,
         layer_pattern=(spec.name,),
+        use_bitnet=bitnet,
     )
     return build_model(config).to(device)
 
 
 def _batch(device: torch.device, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids (text with a period, so that there is something to learn), segments and labels."""
+    """Return ids (text with a period, so that there is something to learn), segments and labels."""
     generator = torch.Generator().manual_seed(step)
     start = torch.randint(0, VOCABULARY, (ROWS, 1), generator=generator)
     ids = (start + 3 * torch.arange(LENGTH)) % VOCABULARY
@@ -112,20 +148,19 @@ def _loss(model: MaskedLM, device: torch.device, step: int) -> Tensor:
 
 
 def _step(
-    spec: BlockSpec, device: torch.device, policy: Policy, dtype: torch.dtype
+    spec: BlockSpec, device: torch.device, policy: Policy, dtype: torch.dtype, bitnet: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    model = _model(spec, device).to(dtype)
+    model = _model(spec, device, bitnet).to(dtype)
     with kernel_policy(policy):
         loss = _loss(model, device, 0)
         loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _curve(spec: BlockSpec, device: torch.device, policy: Policy, nudge: float = 0.0) -> Tensor:
-    model = _model(spec, device)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1 + nudge)
+def _curve(spec: BlockSpec, device: torch.device, policy: Policy, bitnet: bool, noise: int = 0) -> Tensor:
+    """Return the losses (STEPS,) of a run; ``noise``, if not 0, seeds the roundings that its weights are moved by."""
+    model = _model(spec, device, bitnet)
+    generator = torch.Generator(device).manual_seed(noise)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     with kernel_policy(policy):
@@ -135,4 +170,7 @@ def _curve(spec: BlockSpec, device: torch.device, policy: Policy, nudge: float =
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
+            for p in model.parameters() if noise else ():
+                sign = torch.randint(0, 2, p.shape, generator=generator, device=device).mul_(2).sub_(1)
+                p.data.mul_(1 + torch.finfo(p.dtype).eps * sign)
     return torch.stack(losses).double()
