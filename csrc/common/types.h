@@ -15,4 +15,11 @@ struct fp16 {
 
 enum class DType : int { fp32, bf16, fp16 };
 
+namespace cuda {
+
+using Stream = void*;       // a cudaStream_t
+using Error = const char*;  // what CUDA says is wrong, or nullptr
+
+}  // namespace cuda
+
 }  // namespace uz
