@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ultrazoo.nn import bitlinear as layers
 from ultrazoo.nn.bitlinear import BitLinear, PackedBitLinear, int8_ste, make_linear, pack, ternary_ste
 from ultrazoo.ops import bitlinear
 
@@ -147,3 +148,37 @@ def test_a_packed_layer_keeps_its_state():
     second.load_state_dict(first.state_dict())
     x = torch.randn(3, 20)
     assert torch.equal(first(x), second(x))
+
+
+@pytest.fixture
+def packings(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The weights that were quantised for keeping, in their order."""
+    seen: list[Tensor] = []
+    original = layers.pack_ternary
+    monkeypatch.setattr(layers, "pack_ternary", lambda w, *, eps: (seen.append(w), original(w, eps=eps))[1])
+    return seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_ternary_weight_is_kept_while_the_weight_is_unchanged(packings: list[Tensor], dtype: torch.dtype) -> None:
+    layer, x = build().to(dtype), torch.randn(7, D, dtype=dtype)
+
+    def fresh() -> Tensor:
+        return bitlinear(layer.norm(x), layer.weight, layer.bias)
+
+    assert torch.equal(layer(x), fresh()) and torch.equal(layer(x), fresh()) and len(packings) == 1
+    layer.weight.mul_(-2)
+    assert torch.equal(layer(x), fresh()) and torch.equal(layer(x), fresh()) and len(packings) == 2
+    layer.weight.data.neg_()  # torch does not count this write: eval() makes it known
+    assert torch.equal(layer.eval()(x), fresh()) and len(packings) == 3
+    layer.load_state_dict(build().state_dict())
+    assert torch.equal(layer(x), fresh()) and len(packings) == 4
+
+
+def test_nothing_is_kept_where_a_gradient_may_be_asked_for(packings: list[Tensor]) -> None:
+    layer, x = build().float(), torch.randn(7, D)
+    layer(x).sum().backward()
+    with torch.inference_mode():
+        layer(x)
+    assert layer.weight.grad is not None and len(packings) == 1

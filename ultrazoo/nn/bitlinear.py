@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ultrazoo.ops import bitlinear, bitlinear_packed, pack_ternary
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 NORM_EPS = 1e-5
 SCALE_EPS = 1e-5
@@ -48,6 +53,10 @@ class BitLinear(nn.Linear):
     The RMSNorm is over the last dimension and has a gain: a ternary matrix has one scale for the whole of it, so the
     gain is the only place where the layer can weigh its input channels. It adds ``in_features`` parameters.
 
+    Where no gradient is asked for (validation, inference), the ternary weight is kept, packed, for as long as torch's
+    version counter says that the weight is unchanged. Writes through ``weight.data`` are not counted: call ``train()``
+    or ``eval()`` after them, which forget it too.
+
     Args:
         in_features: Width of the last dimension of x.
         out_features: Width of the result.
@@ -57,10 +66,30 @@ class BitLinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias=bias)
         self.norm = nn.RMSNorm(in_features, eps=NORM_EPS)
+        self._packed: tuple[Tensor, Tensor] | None = None
+        self._packed_from: tuple[object, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) to (..., out_features), in the autocast dtype where autocast is on."""
-        return bitlinear(_normed(x, self.norm.weight), self.weight, self.bias, eps=SCALE_EPS)
+        normed = _normed(x, self.norm.weight)
+        if self._can_keep() and normed.dtype != torch.float64:
+            return bitlinear_packed(normed, *self._ternary(), self.bias, eps=SCALE_EPS)
+        return bitlinear(normed, self.weight, self.bias, eps=SCALE_EPS)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training or evaluation, and forget the packed weight."""
+        self._packed = None
+        return super().train(mode)
+
+    def _can_keep(self) -> bool:
+        return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self.weight.is_inference())
+
+    def _ternary(self) -> tuple[Tensor, Tensor]:
+        weight = self.weight
+        made_from = (weight._version, weight.data_ptr(), weight.dtype, weight.device)
+        if self._packed is None or self._packed_from != made_from:
+            self._packed, self._packed_from = pack_ternary(weight, eps=SCALE_EPS), made_from
+        return self._packed
 
 
 class PackedBitLinear(nn.Module):
