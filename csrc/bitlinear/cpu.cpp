@@ -52,7 +52,8 @@ void quantize_token(const Quantize& a, int64_t token) {
     a.sum[token] = 0;
     return;
   }
-  const Vec by = set1(127.0f / peak), low = set1(-128.0f), high = set1(127.0f);
+  // torch takes 127 / peak for the reciprocal times 127.
+  const Vec by = set1(1.0f / peak * 127.0f), low = set1(-128.0f), high = set1(127.0f);
   Vec sum = set1(0.0f);
   int32_t total = 0;
   for (int64_t j = 0, since = 0; j < a.columns; j += kLanes) {

@@ -60,4 +60,32 @@ struct BitlinearKernels {
 
 UZ_KERNELS_VNNI(BitlinearKernels, bitlinear_kernels)
 
+namespace cuda {
+
+inline constexpr int64_t kPartialSums = 512;  // at most
+
+struct WeightScale {  // max(mean |weight|, eps), in the device's memory
+  double* sums;       // (kPartialSums,) scratch
+  float* value;
+  float eps;
+};
+
+struct Dequantize {  // x = integers scale
+  const int8_t* integers;
+  const float* scale;  // (tokens,)
+  void* x;             // like the integers: (tokens, columns)
+  int64_t tokens, columns;
+  DType dtype;
+};
+
+// The scale of a weight is known on the device alone: `inverse` of Ternary and `one_scale` of PackedProduct, which are
+// the host's, are not read.
+Error bitlinear_quantize(const Quantize& args, int64_t tokens, Stream stream);
+Error bitlinear_ternarize(const Ternary& args, const WeightScale& scale, Stream stream);    // sets *scale.value too
+Error bitlinear_product(const PackedProduct& args, const float* one_scale, Stream stream);  // where row_scale is null
+Error bitlinear_dequantize(const Dequantize& args, Stream stream);
+Error bitlinear_scale(void* x, DType dtype, const float* by, int64_t elements, Stream stream);  // x *= *by
+
+}  // namespace cuda
+
 }  // namespace uz

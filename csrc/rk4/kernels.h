@@ -29,4 +29,11 @@ struct Rk4Kernels {
 
 UZ_KERNELS(Rk4Kernels, rk4_kernels)
 
+namespace cuda {
+
+Error rk4_combine(const Rk4Combine& args, int64_t elements, Stream stream);
+Error rk4_stage(const Rk4Stage& args, int64_t elements, Stream stream);
+
+}  // namespace cuda
+
 }  // namespace uz

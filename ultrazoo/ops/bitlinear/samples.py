@@ -35,6 +35,8 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
         ("L63", (2, 63), 48, 80),
         ("L130, odd", (1, 130), 37, 19),
         ("K1 N1", (3,), 1, 1),
+        ("six tokens", (6,), 300, 40),
+        ("M70 K300", (70,), 300, 70),
         ("B0", (0, 5), 16, 24),
     ):
         yield Sample(name=name, args=(draw(*lead, k), draw.weight(n, k), draw(n)))
