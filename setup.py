@@ -4,9 +4,10 @@ Without them (an isolated build, for example) the wheel is pure Python, and the 
 metadata is in pyproject.toml.
 """
 
-import importlib.util
+import importlib
 import shutil
 import sys
+import types
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -16,10 +17,10 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-spec = importlib.util.spec_from_file_location("build_kernels", ROOT / "ultrazoo/ops/build.py")
-kernels = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = kernels  # dataclasses look their module up
-spec.loader.exec_module(kernels)
+folder = types.ModuleType("ultrazoo_build")  # ultrazoo itself cannot be imported where its dependencies are not
+folder.__path__ = [str(ROOT / "ultrazoo/ops")]
+sys.modules[folder.__name__] = folder
+kernels = importlib.import_module("ultrazoo_build.build")
 
 try:
     kernels.find_torch()
@@ -52,10 +53,22 @@ class BuildKernels(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            files = kernels.compile_library(ROOT / "csrc", Path(self.build_temp, "objects"), target)
+            objects = Path(self.build_temp, "objects")
+            files, failed = kernels.compile_what_can_be(ROOT / "csrc", objects, target, nvcc())
         except kernels.BuildError as error:
             raise CompileError(str(error)) from error
+        if failed is not None:
+            print(f"{failed.output}\nultrazoo: no CUDA kernels: {failed}", file=sys.stderr)
         print(f"ultrazoo: compiled {files} files into {target}")
+
+
+def nvcc():
+    """The nvcc to compile CUDA kernels with, for all GPUs that it knows; None without one, or with a torch for CPUs."""
+    try:
+        return kernels.find_cuda()
+    except kernels.BuildError as error:
+        print(f"ultrazoo: no CUDA kernels: {error}", file=sys.stderr)
+        return None
 
 
 class Wheel(bdist_wheel):

@@ -49,6 +49,7 @@ def use(patch: pytest.MonkeyPatch, home: Path) -> None:
     patch.setattr(build, "AT_INSTALL", home / "missing.so")
     patch.setattr(build, "CXX_FLAGS", (*build.CXX_FLAGS, "-O0"))
     patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    patch.setenv("ULTRAZOO_CUDA", "0")
 
 
 @pytest.fixture
@@ -109,9 +110,11 @@ def test_a_change_in_the_sources_or_flags_is_another_build(home: Path, monkeypat
     monkeypatch.setattr(build, "find_sources", lambda: sources)
     assert build.build_key(sources) == before.parent.name
     (sources / "rk4/bind.cpp").open("a").write("// changed\n")
-    changed = build.build_key(sources)
+    keys = [before.parent.name, build.build_key(sources)]
+    (sources / "rk4/cuda.cu").open("a").write("// changed\n")
+    keys.append(build.build_key(sources))
     monkeypatch.setattr(build, "TORCH_ABI", "0x020e000000000000")
-    assert len({before.parent.name, changed, build.build_key(sources)}) == 3
+    assert len({*keys, build.build_key(sources)}) == 4
 
 
 def test_only_what_changed_is_compiled(home: Path) -> None:
@@ -142,9 +145,7 @@ def test_processes_that_start_together_build_once(built: Path, tmp_path: Path) -
 import logging, pathlib, sys
 logging.basicConfig(level=logging.INFO, stream=sys.stdout)
 sys.path.insert(0, {str(ROOT)!r})
-import importlib.util
-spec = importlib.util.spec_from_file_location("b", {str(ROOT / "ultrazoo/ops/build.py")!r})
-b = importlib.util.module_from_spec(spec); sys.modules["b"] = b; spec.loader.exec_module(b)
+from ultrazoo.ops import build as b
 b.find_sources = lambda: pathlib.Path({str(built / "csrc")!r})
 b.AT_INSTALL = pathlib.Path("missing.so")
 b.CXX_FLAGS = (*b.CXX_FLAGS, "-O0")
@@ -199,6 +200,7 @@ def test_the_library_built_at_install_is_taken_while_it_fits(home: Path, monkeyp
     monkeypatch.setattr(build, "AT_INSTALL", installed)
     assert build.library() == installed
     assert build.library(broken=installed, error="torch has changed") == cached
+    assert build.made_from(installed) == build.Made(cached.parent.name)
     monkeypatch.setattr(build, "build_key", lambda sources: "0" * 16)  # csrc has been edited since
     monkeypatch.setattr(build, "_intact", lambda folder: True)
     assert build.library().parent.name == "0" * 16

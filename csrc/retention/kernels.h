@@ -38,4 +38,14 @@ struct RetentionKernels {
 
 UZ_KERNELS(RetentionKernels, retention_kernels)
 
+namespace cuda {
+
+// Floats of device memory that the kernels need beside the tensors, for the forward as for the backward.
+int64_t retention_work_floats(const Retention& args, int64_t batch);
+
+Error retention_forward(const Retention& args, int64_t batch, float* work, Stream stream);
+Error retention_backward(const RetentionBackward& args, int64_t batch, float* work, Stream stream);
+
+}  // namespace cuda
+
 }  // namespace uz

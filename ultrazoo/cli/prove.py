@@ -135,10 +135,10 @@ def doctor(as_json: Json = False) -> None:
     import ultrazoo
     from ultrazoo.ops import build
     from ultrazoo.ops.library import get_kernel_policy, kernel_status
-    from ultrazoo.ops.loader import cpu_isa
+    from ultrazoo.ops.loader import cpu_isa, cuda_kernels
     from ultrazoo.registry import registry
 
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    devices = ["cpu", *(["cuda"] if torch.version.cuda or cuda_kernels() else [])]
     statuses = [kernel_status(name, device) for name in registry().ops() for device in devices]
     try:
         compiler = build.find_compiler()
@@ -152,6 +152,8 @@ def doctor(as_json: Json = False) -> None:
         "threads": torch.get_num_threads(),
         "compiler": compiler,
         "instruction set": cpu_isa() or "none: no compiled kernels are loaded",
+        "nvcc": _nvcc(),
+        "cuda kernels": _cuda_kernels(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else _no_cuda(),
         "kernel policy": get_kernel_policy(),
     }
@@ -168,3 +170,28 @@ def _no_cuda() -> str:
     import torch
 
     return "built into torch, no device found" if torch.version.cuda else "this torch is a CPU build"
+
+
+def _nvcc() -> str:
+    """The nvcc that a build would take now, and what it would compile for; or why there is none, and the fix."""
+    from ultrazoo.ops import build, nvcc
+
+    try:
+        found = build.find_cuda(nvcc.device_archs())
+    except build.BuildError as error:
+        return f"none: {error}"
+    return f"{found.nvcc} {found.version}, compiles for {' '.join(found.archs)}"
+
+
+def _cuda_kernels() -> str:
+    """What the CUDA kernels in the library were compiled for, and which GPU here they do not run on."""
+    from ultrazoo.ops import build, nvcc
+    from ultrazoo.ops.loader import cuda_kernels, load
+
+    made, path = cuda_kernels(), load().path
+    if made is None:
+        why = build.without_cuda(path) if path else None
+        return f"none: {why}" if why else "none: no compiled kernels are loaded"
+    left_out = [device / 10 for device in nvcc.device_archs() if not nvcc.runs_on(made.archs, device)]
+    lacking = f"; not for the GPU of capability {left_out[0]} here: set TORCH_CUDA_ARCH_LIST to it" if left_out else ""
+    return f"compiled by CUDA {made.nvcc} for {' '.join(made.archs)}{lacking}"

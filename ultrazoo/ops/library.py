@@ -35,7 +35,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from ultrazoo.errors import ConfigError, KernelUnavailableError, UnknownNameError, did_you_mean
-from ultrazoo.ops import loader
+from ultrazoo.ops import build, loader
 
 Policy = Literal["auto", "compiled", "reference"]
 NAMESPACE = "ultrazoo"
@@ -96,14 +96,16 @@ class Op:
                 log.info("%s runs compiled: %s", where, status.detail)
             elif loader.load().path is None:
                 _warn_without_library(status.detail, status.fix)
+            elif device == "cuda" and loader.cuda_kernels() is None:
+                _warn_without_library(status.detail, status.fix, " on cuda")
             else:
                 log.warning("%s runs the reference: %s", where, status.detail)
         _announced.add(key)
 
 
 @functools.cache
-def _warn_without_library(reason: str, fix: str) -> None:  # one line, however many ops ask
-    log.warning("kernels: every op runs its reference: %s; %s", reason, fix)
+def _warn_without_library(reason: str, fix: str, where: str = "") -> None:  # one line, however many ops ask
+    log.warning("kernels: every op runs its reference%s: %s; %s", where, reason, fix)
 
 
 def define(
@@ -210,6 +212,14 @@ class KernelStatus:
     fix: str
 
 
+def _code(device: str) -> str:
+    """What the kernels of a device are compiled for."""
+    if device == "cpu":
+        return f"{loader.cpu_isa()}, "
+    made = loader.cuda_kernels() if device == "cuda" else None
+    return f"CUDA {made.nvcc} for {' '.join(made.archs)}, " if made else ""
+
+
 def kernel_status(op: str, device: str) -> KernelStatus:
     """Load the kernels and tell which of them an op, such as ``"ultrazoo::retention"``, has on a device type."""
     get_kernel_policy()  # a wrong ULTRAZOO_KERNELS is an error here, before a build
@@ -219,8 +229,11 @@ def kernel_status(op: str, device: str) -> KernelStatus:
     loaded = loader.load()
     forward = _ops[name].has_kernel(device)
     backward = _ops[f"{name}_backward"].has_kernel(device) if f"{name}_backward" in _ops else None
+    lacks_cuda = build.without_cuda(loaded.path) if device == "cuda" and loaded.path else None
     if forward and backward is not False:
-        detail, fix = f"{loader.cpu_isa()}, {loaded.path}" if device == "cpu" else str(loaded.path), ""
+        detail, fix = f"{_code(device)}{loaded.path}", ""
+    elif lacks_cuda is not None:
+        detail, fix = lacks_cuda.reason, lacks_cuda.fix
     elif loaded.path:
         detail = f"{loaded.path} has no {device} kernel for {'its backward' if forward else 'it'}"
         fix = "use kernels: auto"

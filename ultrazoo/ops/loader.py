@@ -58,6 +58,13 @@ def _load() -> Loaded:
     return Loaded(path=path, handle=handle)
 
 
+def cuda_kernels() -> build.Made | None:
+    """Return the nvcc and architectures of the CUDA kernels; None without any."""
+    path = load().path
+    made = build.made_from(path) if path else None
+    return made if made and made.archs else None
+
+
 def cpu_isa() -> str | None:
     """Return what the CPU kernels use: avx512vnni, avx512, avx2 or portable; None without kernels."""
     handle = load().handle

@@ -1,0 +1,165 @@
+"""CUDA kernels in the library: when they are compiled, kept and replaced, and what happens when nvcc fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from nvcc_parts import fake_nvcc, use_fake_toolkit
+
+from ultrazoo.ops import build, nvcc, toolkit
+
+ROOT = Path(__file__).resolve().parents[1]
+try:
+    build.find_compiler()
+except build.BuildError as error:
+    pytest.skip(error.reason, allow_module_level=True)
+
+LAUNCHERS = """#include "rk4/kernels.h"
+namespace uz::cuda {
+Error rk4_combine(const Rk4Combine&, int64_t, Stream) { return "no GPU"; }
+Error rk4_stage(const Rk4Stage&, int64_t, Stream) { return "no GPU"; }
+}
+"""
+LOADED = """
+import sys, torch
+from pathlib import Path
+from ultrazoo.ops import loader, rk4_stage
+from torch._subclasses.fake_tensor import FakeTensorMode
+loader._loaded = None
+loader.build.library = lambda **_: Path(sys.argv[1])
+assert loader.load().path, loader.load()
+for device in ("CPU", "CUDA"):
+    for op in ("rk4_combine", "rk4_stage"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ultrazoo::{op}", device), (op, device)
+with FakeTensorMode():
+    y = rk4_stage(torch.empty(3, 5, device="cuda"), torch.empty(3, 5, device="cuda"), 0.5)
+assert y.shape == (3, 5) and y.device.type == "cuda"
+assert torch.equal(rk4_stage(torch.ones(3), torch.ones(3), 0.5), torch.full((3,), 1.5))
+"""
+
+
+@pytest.fixture
+def toolkit_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return use_fake_toolkit(tmp_path / "toolkit", monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("objects")
+
+
+@pytest.fixture
+def sources(tmp_path: Path, toolkit_home: Path, objects: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A csrc of one op, whose cuda.cu the fake nvcc can compile, and a cache that keeps object files."""
+    original, copy = build.find_sources(), tmp_path / "csrc"
+    assert original is not None
+    for folder in ("common", "rk4"):
+        shutil.copytree(original / folder, copy / folder)
+    (copy / "rk4/cuda.cu").write_text(LAUNCHERS)
+    monkeypatch.setattr(build, "find_sources", lambda: copy)
+    monkeypatch.setattr(build, "AT_INSTALL", tmp_path / "missing.so")
+    monkeypatch.setattr(build, "CXX_FLAGS", (*build.CXX_FLAGS, "-O0"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cache = build.cache_folder()
+    cache.mkdir(parents=True)
+    (cache / "objects").symlink_to(objects)
+    return copy
+
+
+def test_a_library_with_cuda_kernels_is_built_once_and_kept_without_nvcc(
+    sources: Path, toolkit_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = build.library()
+    key = build.build_key(sources)
+    assert build.made_from(library) == build.Made(key, "13.0.88", ("75", "80", "90", "100", "120+PTX"))
+    assert library.parent.name.startswith(f"{key}-") and build.without_cuda(library) is None
+    subprocess.run([sys.executable, "-c", LOADED, str(library)], cwd=ROOT, check=True)
+    compiled = [line for line in (toolkit_home / "calls").read_text().splitlines() if " -c " in line]
+    assert len(compiled) == 1 and "-gencode=arch=compute_75,code=sm_75" in compiled[0]
+
+    monkeypatch.setattr(build, "device_archs", lambda: [90])  # what is there serves this GPU
+    assert build.library() == library
+    monkeypatch.setenv("CUDA_HOME", "/no/where")  # nvcc is gone, the kernels stay
+    assert build.library() == library
+    monkeypatch.setenv("CUDA_HOME", str(toolkit_home))
+    fake_nvcc(toolkit_home, codes="70 75 80 90 100 120")
+    monkeypatch.setattr(build, "device_archs", lambda: [70, 90])  # nothing there serves the older one
+    assert build.made_from(build.library()).archs == ("70", "90")
+
+
+def test_a_failing_nvcc_leaves_the_cpu_kernels_and_says_so_in_one_line(
+    sources: Path, toolkit_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build.log, "propagate", True)
+    (toolkit_home / "fails").write_text(
+        "In file included\ncrt/host_config.h: #error -- unsupported GNU version! gcc 99\n"
+    )
+    library = build.library()
+    (warning,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert "\n" not in warning.getMessage() and "NVCC_CCBIN" in warning.getMessage()
+    failed = build.without_cuda(library)
+    assert failed is not None and failed.reason.endswith("unsupported GNU version! gcc 99")
+    assert "In file included" in (library.parent / "nvcc.txt").read_text()
+    assert build.made_from(library).archs == () and json.loads((library.parent / "build.json").read_text())["sha256"]
+    calls = (toolkit_home / "calls").read_text().count(" -c ")
+    assert build.library() == library and (toolkit_home / "calls").read_text().count(" -c ") == calls  # not again
+    monkeypatch.setenv("NVCC_CCBIN", "g++-13")  # the fix: that is another build
+    assert build.without_cuda(build.library()) is None
+
+
+def test_an_error_in_the_cpu_kernels_is_none_of_nvcc(sources: Path) -> None:
+    (sources / "common/isa.cpp").write_text('#error "not today"\n')
+    with pytest.raises(build.BuildError, match="not today") as caught:
+        build.library()
+    assert not isinstance(caught.value, toolkit.CudaError)
+
+
+def test_a_library_of_the_install_without_cuda_kernels_is_replaced(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ULTRAZOO_CUDA", "0")
+    installed = Path(shutil.copy(build.library(), tmp_path / "_C.so"))
+    monkeypatch.setattr(build, "AT_INSTALL", installed)
+    assert build.library() == installed
+    monkeypatch.delenv("ULTRAZOO_CUDA")
+    cached = build.library()
+    assert cached != installed and build.without_cuda(cached) is None
+    shutil.copy(cached, installed)
+    assert build.library() == installed
+    monkeypatch.setenv("CUDA_HOME", "/no/where")  # compiled in one image, run in another
+    assert build.library() == installed
+
+
+def test_a_torch_for_cpus_never_calls_nvcc(sources: Path, toolkit_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvcc, "torch_cuda", lambda: None)
+    library = build.library()
+    assert library.parent.name == build.build_key(sources) and not (toolkit_home / "calls").exists()
+    why = build.without_cuda(library)
+    assert why is not None and why.reason == "this torch is not a CUDA build"
+
+
+def test_nvcc_compiles_kernels_that_load_without_a_gpu(
+    tmp_path: Path, objects: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ULTRAZOO_CUDA", "1")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    try:
+        cuda = build.find_cuda()
+    except build.BuildError as error:
+        pytest.skip(error.reason)
+    original, copy = build.find_sources(), tmp_path / "csrc"
+    assert original is not None
+    for folder in ("common", "rk4"):
+        shutil.copytree(original / folder, copy / folder)
+    monkeypatch.setattr(build, "CXX_FLAGS", (*build.CXX_FLAGS, "-O0"))
+    build.compile_library(copy, objects, tmp_path / "library.so", cuda=cuda)
+    subprocess.run([sys.executable, "-c", LOADED, str(tmp_path / "library.so")], cwd=ROOT, check=True)
+    nm = shutil.which("nm")
+    if nm is not None:  # the runtime is linked statically, and stays our own beside torch's
+        symbols = subprocess.run([nm, "-D", str(tmp_path / "library.so")], capture_output=True, text=True, check=True)
+        assert not [line for line in symbols.stdout.splitlines() if " cuda" in line]
