@@ -49,6 +49,12 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     one = torch.randn(1, 1, 2, 8, generator=draw.generator).to(device, dtype)
     yield Sample(name="expanded", args=(*(one.expand(2, 66, 2, 8),) * 3, draw.log_decay(2)))
 
+    many = draw.segments(
+        [[(1, 5), (2, 11 + row), (0, 24 - row)] for row in range(8)]
+    )  # 144 walks, not cut up
+    kwargs = {"chunk_size": 8, "segments": many}
+    yield Sample(name="many heads, C8", args=draw.tensors(8, 40, 9, 4, 4), kwargs=kwargs)
+
     q, k, v, _ = draw.tensors(2, 70, 3, 8, 8)
     decays = torch.tensor([0.0, -0.5, -60.0], device=device, dtype=torch.promote_types(dtype, torch.float32))
     yield Sample(name="no decay to total decay", args=(q, k, v, decays))
