@@ -53,3 +53,18 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml $(wildcard setup.py)
 .PHONY: bench
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest bench $(ARGS)
+
+# make sanitize      the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, over all samples
+# make test-cuda     every CUDA kernel run on the CPU, thread by thread (plain, under AddressSanitizer, under ThreadSanitizer),
+#                    compiled for every architecture, and the faults planted in the kernels that this catches
+# make cuda-matrix   nvcc: registers, spills, shared memory, occupancy, modelled times; ARGS=--quick: two architectures
+# make gpu-check     on a GPU: parity and benchmarks, written to bench/results/gpu-NAME.md
+.PHONY: sanitize test-cuda cuda-matrix gpu-check
+sanitize: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/sanitize.py
+
+cuda-matrix: $(VENV)/.dev
+	$(BIN)/python bench/cuda_matrix.py $(ARGS)
+
+gpu-check: $(VENV)/.dev
+	$(BIN)/python bench/gpu_check.py $(ARGS)

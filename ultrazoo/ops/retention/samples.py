@@ -49,9 +49,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     one = torch.randn(1, 1, 2, 8, generator=draw.generator).to(device, dtype)
     yield Sample(name="expanded", args=(*(one.expand(2, 66, 2, 8),) * 3, draw.log_decay(2)))
 
-    many = draw.segments(
-        [[(1, 5), (2, 11 + row), (0, 24 - row)] for row in range(8)]
-    )  # 144 walks, not cut up
+    many = draw.segments([[(1, 5), (2, 11 + row), (0, 24 - row)] for row in range(8)])  # 144 walks, not cut up
     kwargs = {"chunk_size": 8, "segments": many}
     yield Sample(name="many heads, C8", args=draw.tensors(8, 40, 9, 4, 4), kwargs=kwargs)
 
