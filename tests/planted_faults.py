@@ -2,19 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Fault:
-    """``new`` stands for ``old`` in a file of csrc; ``fault`` in it is true while this one is turned on."""
-
-    name: str
-    op: str
-    file: str
-    old: str
-    new: str
-    caught_by: str
+from planting import Fault
 
 
 def _scan(name: str, file: str, old: str, new: str, caught_by: str) -> Fault:

@@ -95,7 +95,7 @@ def test_steps_past_the_largest_exponent_forget_everything(isa: str) -> None:
 
 
 PROBE = """
-#include "selective_scan/exp2.h"
+#include "common/exp2.h"
 extern "C" __attribute__((visibility("default"))) void probe(const float* x, float* out, int64_t n) {
   using namespace uz::UZ_ISA;
   for_vectors(0, n, [&](int64_t i, auto... left) { store(out + i, uz::UZ_ISA::exp2(load(x + i, left...)), left...); });

@@ -7,11 +7,10 @@ import itertools
 import pytest
 import torch
 from pydantic import ValidationError
-from torch.nn import functional as F
 
 from ultrazoo.blocks.ode import SPEC, Ode, OdeConfig
-from ultrazoo.nn.attention import attention_mask
 from ultrazoo.nn.segments import mask_padding
+from ultrazoo.ops import attention
 
 ROWS = torch.tensor([[1, 1, 1, 2, 2, 3, 0, 0], [0, 0, 7, 7, 0, 4, 4, 4]])
 
@@ -84,7 +83,7 @@ def test_euler_with_one_step_is_a_residual_block_bit_for_bit(dtype):
     net, x = block(dtype, ode_solver="euler", ode_steps=1), tokens(dtype)
     for segments in (None, ROWS):
         q, k, v = net.projections.split(mask_padding(x, segments), segments)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask(segments))
+        mixed = attention(q, k, v, segments=segments)
         residual = x + mask_padding(net.projections.merge(mixed), segments)
         assert torch.equal(x + net(x, segments), residual)
 

@@ -47,8 +47,8 @@ def test_output_is_the_formula(normalize: bool) -> None:
 def test_weights_are_not_normalised() -> None:
     """Doubling all scores' agreement grows the output; softmax's weights would still sum to 1."""
     block = build()
-    q = torch.ones(1, 1, 6, 4).double()
-    v = torch.ones(1, 1, 6, 4).double()
+    q = torch.ones(1, 6, 1, 4).double()
+    v = torch.ones(1, 6, 1, 4).double()
     sums = [block._attend(scale * q, q, v, None)[0, 0, 0, 0].item() for scale in (0.0, 1.0, 20.0)]
     assert sums[0] == pytest.approx(6 / (1 + 6))  # n sigmoid(-log n)
     assert sums[1] == pytest.approx(6 / (1 + 6 * math.exp(-2)))
@@ -128,7 +128,7 @@ def test_parameters_are_counted(options: dict[str, object], extra: int) -> None:
     assert sum(p.numel() for p in block.parameters()) == 4 * (768 * 768 + 768) + extra
 
 
-def test_one_score_matrix_is_kept_for_the_backward_pass() -> None:
+def test_no_score_matrix_is_kept_for_the_backward_pass() -> None:
     block, length = build(), 64
     saved: list[int] = []
     x = torch.randn(1, length, 12).double().requires_grad_()
@@ -140,4 +140,4 @@ def test_one_score_matrix_is_kept_for_the_backward_pass() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         block(x, torch.ones(1, length, dtype=torch.int64))
-    assert len(set(saved)) == 1
+    assert not saved

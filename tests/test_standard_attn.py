@@ -75,7 +75,7 @@ def test_dropout_acts_on_weights_in_training_only() -> None:
     x = torch.randn(1, 9, 12).double()
     assert torch.equal(block(x), block(x))
     assert torch.equal(block(x), build()(x))
-    block.train()
+    block, x = block.float().train(), x.float()
     assert not torch.allclose(block(x), block(x))
     values = torch.stack([block(x) for _ in range(2000)])
     block.eval()
@@ -83,20 +83,19 @@ def test_dropout_acts_on_weights_in_training_only() -> None:
     assert error < 0.15  # the mean over masks is the output without dropout
 
 
-def test_without_segments_no_mask_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    masks: list[Tensor | None] = []
+@pytest.mark.parametrize("documents", [False, True])
+def test_no_matrix_over_pairs_of_tokens_is_kept_for_the_backward_pass(documents: bool) -> None:
+    block, length = build(dropout=0.1).float().train(), 128
+    kept: list[int] = []
 
-    def spy(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float) -> Tensor:
-        masks.append(attn_mask)
-        return v
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    block, x = build(), torch.randn(2, 9, 12).double()
-    block(x)
-    block(x, SEGMENTS)
-    assert masks[0] is None
-    assert masks[1] is not None
-    assert masks[1].shape == (2, 1, 9, 9)
+    segments = torch.ones(1, length, dtype=torch.int64) if documents else None
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        block(torch.randn(1, length, 12), segments)
+    assert 128 * 12 <= max(kept) < length * length
 
 
 def test_bitnet_makes_both_projections_ternary() -> None:

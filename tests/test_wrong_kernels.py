@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from planted_build import OPS, Planted, compile_with_faults
-from planted_faults import FAULTS, Fault
+from planted_faults import FAULTS
+from planting import Fault
 
 from ultrazoo.ops import build
 from ultrazoo.testing.parity import Cases, Check, check_op
@@ -34,8 +35,8 @@ def cases() -> dict[str, Cases]:
     return {}
 
 
-def failed(planted: Planted, cases: dict[str, Cases], op: str, patch: pytest.MonkeyPatch) -> list[Check]:
-    spec = planted.spec(op, patch)
+def failed(planted: Planted, cases: dict[str, Cases], op: str) -> list[Check]:
+    spec = planted.specs[op]
     shared = cases.setdefault(op, Cases(spec, CPU, torch.float32))
     found = list(check_op(spec, CPU, torch.float32, "compiled", cases=shared, opcheck=False))
     assert len(found) > 5 and found[0].ok, found
@@ -43,20 +44,16 @@ def failed(planted: Planted, cases: dict[str, Cases], op: str, patch: pytest.Mon
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_the_build_without_its_faults_passes(
-    planted: Planted, cases: dict[str, Cases], op: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_build_without_its_faults_passes(planted: Planted, cases: dict[str, Cases], op: str) -> None:
     planted.turn_on(None)
-    assert failed(planted, cases, op, monkeypatch) == []
+    assert failed(planted, cases, op) == []
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.op}: {fault.name}")
-def test_a_planted_fault_is_caught(
-    planted: Planted, cases: dict[str, Cases], fault: Fault, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_planted_fault_is_caught(planted: Planted, cases: dict[str, Cases], fault: Fault) -> None:
     planted.turn_on(fault)
     try:
-        caught_by = {check.check for check in failed(planted, cases, fault.op, monkeypatch)}
+        caught_by = {check.check for check in failed(planted, cases, fault.op)}
     finally:
         planted.turn_on(None)
     assert fault.caught_by in caught_by

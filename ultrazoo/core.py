@@ -9,12 +9,14 @@ from ultrazoo.spec import BlockSpec, OpSpec, PresetSpec
 @hookimpl
 def ultrazoo_ops() -> list[OpSpec]:
     """The operators with compiled kernels."""
+    from ultrazoo.ops.attention import op as attention
     from ultrazoo.ops.bitlinear import op as bitlinear
+    from ultrazoo.ops.dropout import op as dropout
     from ultrazoo.ops.retention import op as retention
     from ultrazoo.ops.rk4 import op as rk4
     from ultrazoo.ops.selective_scan import op as selective_scan
 
-    return [*retention.SPECS, *selective_scan.SPECS, *bitlinear.SPECS, *rk4.SPECS]
+    return [*retention.SPECS, *selective_scan.SPECS, *bitlinear.SPECS, *rk4.SPECS, *attention.SPECS, *dropout.SPECS]
 
 
 @hookimpl

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ultrazoo.config import ModelConfig, block_config
+from ultrazoo.nn.dropout import Dropout
 from ultrazoo.nn.embeddings import EmbeddingConfig, Embeddings, MaskedLMHead
 from ultrazoo.nn.segments import mask_padding
 from ultrazoo.registry import registry
@@ -52,7 +54,9 @@ class EncoderLayer(nn.Module):
         self.mixer = _block(config, "mixer", mixer_name)
         self.ffn_norm = _norm(config, config.hidden_size)
         self.ffn = _block(config, "ffn", config.ffn_name)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
+        self.recompute = False
+        """Keep only the layer's input for the backward pass, and run the layer once more there."""
 
     def forward(self, x: Tensor, segments: Tensor | None = None) -> tuple[Tensor, Aux]:
         """Apply mixer and feed-forward.
@@ -64,6 +68,12 @@ class EncoderLayer(nn.Module):
         Returns:
             (B, L, D), and the auxiliary values of the feed-forward.
         """
+        if self.recompute and torch.is_grad_enabled():
+            result: tuple[Tensor, Aux] = checkpoint(self._apply_parts, x, segments, use_reentrant=False)
+            return result
+        return self._apply_parts(x, segments)
+
+    def _apply_parts(self, x: Tensor, segments: Tensor | None) -> tuple[Tensor, Aux]:
         if self.pre_norm:
             x = x + self.dropout(self.mixer(self.mixer_norm(x), segments))
             y, aux = self.ffn(self.ffn_norm(x), segments)
@@ -91,6 +101,11 @@ class MaskedLM(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(config, pattern[i % len(pattern)]) for i in range(config.num_layers))
         self.final_norm = _norm(config, config.hidden_size) if config.norm_position == "pre" else None
         self.head = MaskedLMHead(shared, _norm(config, shared.width))
+
+    def recompute_layers(self, wanted: bool = True) -> None:
+        """Let each layer keep only its input for the backward pass; the numbers stay the same, dropout included."""
+        for layer in self.layers:
+            layer.recompute = wanted  # type: ignore[assignment]
 
     def encode(self, input_ids: Tensor, segments: Tensor | None = None) -> Tensor:
         """Return the last hidden states.

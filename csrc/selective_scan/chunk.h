@@ -4,7 +4,7 @@
 #pragma once
 
 #include "common/arena.h"
-#include "selective_scan/exp2.h"
+#include "common/exp2.h"
 #include "selective_scan/kernels.h"
 
 namespace uz::UZ_ISA {

@@ -50,4 +50,15 @@ struct SelectiveScanKernels {
 
 UZ_KERNELS(SelectiveScanKernels, selective_scan_kernels)
 
+namespace cuda {
+
+Error selective_scan_forward(const SelectiveScan& a, Stream stream);
+
+// Into how many groups the channels are cut, on any GPU: the first size of dB and dC.
+int64_t selective_scan_groups(const SelectiveScan& a);
+// `carry` is memory for (batch, state, dim) floats.
+Error selective_scan_backward(const SelectiveScanBackward& b, float* carry, Stream stream);
+
+}  // namespace cuda
+
 }  // namespace uz

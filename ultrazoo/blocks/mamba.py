@@ -155,6 +155,20 @@ class SelectiveScan(nn.Module):
                 reverse=self.reverse,
             )
 
+    def statistics(self) -> dict[str, Tensor]:
+        """What a token that says nothing of its own (dt = 0) does to the state.
+
+        ``step`` is the mean delta in tokens, ``forget`` the mean share 1 - exp(delta A) of the state that is lost at a
+        token, ``retained_tokens`` the geometric mean of 1 / -(delta A).
+        """
+        delta = F.softplus(self.dt_proj.bias.detach().float())
+        rate = delta.unsqueeze(1) * self.A_log.detach().float().exp()  # (E, N)
+        return {
+            "step": delta.mean(),
+            "forget": -torch.expm1(-rate).mean(),
+            "retained_tokens": rate.log().mean().neg().exp(),
+        }
+
 
 def _state_size(config: MambaConfig) -> int:
     """Two directions of N numbers and the last W - 1 inputs of the convolution for each inner channel."""

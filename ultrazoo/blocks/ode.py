@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ultrazoo.nn.attention import AttentionConfig, AttentionProjections, attention_mask
+from ultrazoo.nn.attention import AttentionConfig, AttentionProjections
+from ultrazoo.nn.dropout import drop
 from ultrazoo.nn.segments import mask_padding
-from ultrazoo.ops import rk4_combine, rk4_stage
+from ultrazoo.ops import attention, rk4_combine, rk4_stage
 from ultrazoo.spec import BlockSpec
 
 
@@ -65,11 +65,10 @@ class Ode(nn.Module):
         """
         x = mask_padding(x, segments)
         start = x.to(torch.promote_types(x.dtype, torch.float32))
-        seen = attention_mask(segments)
-        kept = F.dropout(torch.ones_like(x), self.dropout) if self.training and self.dropout else None
+        kept = drop(torch.ones_like(x), self.dropout, True) if self.training and self.dropout else None
         moved = torch.zeros_like(start)
         for _ in range(self.steps):
-            arguments = (start, moved, segments, seen, kept, x.dtype)
+            arguments = (start, moved, segments, kept, x.dtype)
             if self.recompute and torch.is_grad_enabled():
                 moved = checkpoint(self._step, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -81,7 +80,6 @@ class Ode(nn.Module):
         start: Tensor,
         moved: Tensor,
         segments: Tensor | None,
-        seen: Tensor | None,
         kept: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
@@ -90,7 +88,7 @@ class Ode(nn.Module):
         h = start + moved
 
         def slope(state: Tensor) -> Tensor:
-            return self._field(state.to(dtype), segments, seen, kept)
+            return self._field(state.to(dtype), segments, kept)
 
         k1 = slope(h)
         if self.solver == "euler":
@@ -100,10 +98,10 @@ class Ode(nn.Module):
         k4 = slope(rk4_stage(h, k3, dt))
         return rk4_combine(moved, k1, k2, k3, k4, dt)
 
-    def _field(self, h: Tensor, segments: Tensor | None, seen: Tensor | None, kept: Tensor | None) -> Tensor:
+    def _field(self, h: Tensor, segments: Tensor | None, kept: Tensor | None) -> Tensor:
         """Evaluate f: self-attention within documents."""
-        q, k, v = self.projections.split(h, segments)  # (B, H, L, K) each
-        y = self.projections.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=seen))
+        q, k, v = self.projections.split(h, segments)  # (B, L, H, K) each
+        y = self.projections.merge(attention(q, k, v, segments=segments))
         return y if kept is None else y * kept
 
 
@@ -114,6 +112,6 @@ SPEC = BlockSpec(
     config=OdeConfig,
     paper="arXiv 1806.07366",
     equation="y = h(1) - h(0), dh/dt = f(h), h(0) = x, f = self-attention",
-    ops=("ultrazoo::rk4_combine", "ultrazoo::rk4_stage"),
+    ops=("ultrazoo::attention", "ultrazoo::rk4_combine", "ultrazoo::rk4_stage"),
     bidirectional=True,
 )

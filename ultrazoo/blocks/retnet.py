@@ -94,6 +94,10 @@ class RetNet(nn.Module):
         gate = F.silu(self.g_proj(x))
         return saturate(self.out_proj(saturate(gate * normed.flatten(2))))
 
+    def statistics(self) -> dict[str, Tensor]:
+        """``retained_tokens``: 1 / -ln(gamma), the tokens after which a head has forgotten all but 1/e; their mean."""
+        return {"retained_tokens": log_decay(self.heads).neg().reciprocal().mean()}
+
 
 def log_decay(heads: int, device: torch.device | None = None) -> Tensor:
     """Return ln(1 - 2^(-5-h)) for each head, in fp32: in half precision the decays themselves round to 1.

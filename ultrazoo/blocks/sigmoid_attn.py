@@ -7,11 +7,12 @@ import math
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ultrazoo.nn.attention import AttentionConfig, AttentionProjections, attention_mask
+from ultrazoo.nn.dropout import drop
 from ultrazoo.nn.norms import NormConfig, RMSNorm
 from ultrazoo.nn.segments import mask_padding
+from ultrazoo.ops import attention
 from ultrazoo.spec import BlockSpec
 
 
@@ -70,23 +71,27 @@ class SigmoidAttention(nn.Module):
             (B, L, D), zero at padding.
         """
         q, k, v = self.projections.split(x, segments)
-        y = self.norm(self.projections.merge(self._attend(q, k, v, attention_mask(segments))))
+        y = self.norm(self.projections.merge(self._attend(q, k, v, segments)))
         if self.gain is not None:
             y = y * self.gain.to(y.dtype)
         return mask_padding(y, segments)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        # in place from here to the weights: autograd keeps one (B, H, L, L), the weights themselves
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> Tensor:
+        """Weigh the values: (B, L, H, K)."""
+        if not self.normalize:
+            dropout = self.dropout if self.training else 0.0
+            return attention(q, k, v, segments=segments, dropout=dropout, kind="sigmoid")
+        # in place from here to the sigmoid: autograd keeps it once
+        mask = attention_mask(segments)
+        scores = torch.einsum("bnhk,bmhk->bhnm", q * q.shape[-1] ** -0.5, k)
         if mask is None:
-            scores.sub_(math.log(k.shape[-2]))
+            scores.sub_(math.log(k.shape[1]))
         else:
             wide = torch.promote_types(scores.dtype, torch.float32)
             scores.sub_(mask.sum(-1, keepdim=True).to(wide).log()).masked_fill_(~mask, -torch.inf)
         weights = scores.sigmoid_()
-        if self.normalize:
-            weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-        return F.dropout(weights, self.dropout, self.training) @ v
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+        return torch.einsum("bhnm,bmhv->bnhv", drop(weights, self.dropout, self.training), v)
 
 
 SPEC = BlockSpec(
@@ -96,5 +101,6 @@ SPEC = BlockSpec(
     config=SigmoidAttnConfig,
     paper="arXiv 2409.04431",
     equation="o = sigmoid(q k^T / sqrt K - log n) v",
+    ops=("ultrazoo::attention",),
     bidirectional=True,
 )

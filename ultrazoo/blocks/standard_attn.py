@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ultrazoo.nn.attention import AttentionConfig, AttentionProjections, attention_mask
+from ultrazoo.nn.attention import AttentionConfig, AttentionProjections
 from ultrazoo.nn.segments import mask_padding
+from ultrazoo.ops import attention
 from ultrazoo.spec import BlockSpec
 
 
@@ -17,7 +17,7 @@ class StandardAttnConfig(AttentionConfig):
 class StandardAttention(nn.Module):
     """o = softmax(q k^T / sqrt K) v by head, over the tokens of the query's own document (arXiv 1706.03762).
 
-    Runs on torch's scaled_dot_product_attention. Parameters: 4 D^2, and 4 D with biases.
+    Parameters: 4 D^2, and 4 D with biases.
 
     Args:
         config: Options.
@@ -40,7 +40,7 @@ class StandardAttention(nn.Module):
         """
         q, k, v = self.projections.split(x, segments)
         dropout = self.dropout if self.training else 0.0
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask(segments), dropout_p=dropout)
+        o = attention(q, k, v, segments=segments, dropout=dropout)
         return mask_padding(self.projections.merge(o), segments)
 
 
@@ -51,5 +51,6 @@ SPEC = BlockSpec(
     config=StandardAttnConfig,
     paper="arXiv 1706.03762",
     equation="o = softmax(q k^T / sqrt K) v",
+    ops=("ultrazoo::attention",),
     bidirectional=True,
 )

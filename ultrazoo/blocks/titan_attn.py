@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ultrazoo.nn.attention import AttentionConfig, AttentionProjections, attention_mask
 from ultrazoo.nn.hope import frequencies, hope_attention
 from ultrazoo.nn.neural_memory import NeuralMemory
 from ultrazoo.nn.norms import NormConfig, RMSNorm
 from ultrazoo.nn.segments import mask_padding
+from ultrazoo.ops import attention
 from ultrazoo.spec import BlockSpec
 
 
@@ -86,33 +86,49 @@ class TitanAttention(nn.Module):
         Returns:
             (B, L, D), zero at padding.
         """
-        attended = self._attend(x, segments).transpose(1, 2).flatten(2)  # (B, L, D)
+        attended = self._attend(x, segments).flatten(2)  # (B, L, D)
         gate = torch.sigmoid(self.memory_norm(self.memory(x, segments)))
         y = self.projections.output(self.attention_norm(attended) * gate.to(attended.dtype))
         return mask_padding(y, segments)
 
     def _attend(self, x: Tensor, segments: Tensor | None) -> Tensor:
-        q, k, v = self.projections.split(x, segments)
-        mask = attention_mask(segments)
+        """Attend to the document and the persistent tokens: (B, L, H, K)."""
+        q, k, v = self.projections.split(x, segments)  # (B, L, H, K) each
         dropout = self.dropout if self.training else 0.0
         prefix = None if self.persistent is None else self._prefix(self.persistent.to(x.dtype))
         if self.use_hope:
-            theta = frequencies(
-                q.shape[-1], self.hope_base, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device
-            )
-            return hope_attention(q, k, v, theta, self.hope_damping, mask=mask, prefix=prefix, dropout=dropout)
+            return self._attend_hope(q, k, v, segments, prefix, dropout)
+        if prefix is None:
+            return attention(q, k, v, segments=segments, dropout=dropout)
+        k, v = (
+            torch.cat((free.expand(x.shape[0], -1, -1, -1), part), dim=1)
+            for free, part in zip(prefix, (k, v), strict=True)
+        )
+        return attention(q, k, v, segments=segments, dropout=dropout, prefix=prefix[0].shape[1])
+
+    def _attend_hope(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        segments: Tensor | None,
+        prefix: tuple[Tensor, Tensor] | None,
+        dropout: float,
+    ) -> Tensor:
+        theta = frequencies(
+            q.shape[-1], self.hope_base, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device
+        )
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         if prefix is not None:
-            k, v = (
-                torch.cat((free.expand(x.shape[0], -1, -1, -1), part), dim=2)
-                for free, part in zip(prefix, (k, v), strict=True)
-            )
-            mask = None if mask is None else F.pad(mask, (prefix[0].shape[2], 0), value=True)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+            prefix = (prefix[0].transpose(1, 2), prefix[1].transpose(1, 2))
+        mask = attention_mask(segments)
+        o = hope_attention(q, k, v, theta, self.hope_damping, mask=mask, prefix=prefix, dropout=dropout)
+        return o.transpose(1, 2)
 
     def _prefix(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (1, H, P, K) of the persistent tokens (P, D), unrotated."""
+        """Keys and values (1, P, H, K) of the persistent tokens (P, D), unrotated."""
         qkv = self.projections.qkv(tokens).unflatten(1, (3, self.projections.num_heads, -1))
-        _, k, v = qkv.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)  # (1, H, P, K)
+        _, k, v = qkv.unsqueeze(0).unbind(2)
         return k, v
 
 
@@ -123,5 +139,6 @@ SPEC = BlockSpec(
     config=TitanAttnConfig,
     paper="arXiv 2501.00663",
     equation="o = (norm(attention([p || x])) * sigmoid(norm(memory(x)))) W_o",
+    ops=("ultrazoo::attention",),
     bidirectional=True,
 )

@@ -78,7 +78,7 @@ class AttentionProjections(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def split(self, x: Tensor, segments: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Project x (B, L, D) to queries, keys and values, each (B, H, L, K)."""
+        """Project x (B, L, D) to queries, keys and values, each (B, L, H, K)."""
         qkv = self.qkv(x).unflatten(2, (3 * self.num_heads, -1))  # (B, L, 3H, K)
         qk, v = qkv.split((2 * self.num_heads, self.num_heads), dim=2)
         if self.qk_norms is not None:
@@ -86,11 +86,11 @@ class AttentionProjections(nn.Module):
         if self.rotary:
             qk = rotate(qk, positions(segments, x.shape[1], x.device))
         q, k = qk.chunk(2, dim=2)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return q, k, v
 
     def merge(self, o: Tensor) -> Tensor:
-        """Project o (B, H, L, K) to (B, L, D)."""
-        return saturate(self.output(saturate(o.transpose(1, 2).flatten(2))))
+        """Project o (B, L, H, K) to (B, L, D)."""
+        return saturate(self.output(saturate(o.flatten(2))))
 
 
 def attention_mask(segments: Tensor | None) -> Tensor | None:
@@ -100,7 +100,7 @@ def attention_mask(segments: Tensor | None) -> Tensor | None:
         segments: (B, L) int64, or None.
 
     Returns:
-        (B, 1, L, L) bool, or None for full rows, which leaves SDPA its fast path.
+        (B, 1, L, L) bool, or None for full rows, which need none.
     """
     if segments is None:
         return None

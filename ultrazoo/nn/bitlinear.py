@@ -33,6 +33,17 @@ def ternary_ste(weight: Tensor) -> Tensor:
     return weight + ((weight / mean).round().clamp(-1, 1) * mean - weight).detach()
 
 
+def ternary_shares(weight: Tensor) -> dict[str, Tensor]:
+    """``ternary_zero`` is the share of zeros in clamp(round(W s), -1, 1), ``ternary_positive`` that of ones.
+
+    Args:
+        weight: (..., out, in), as for ``ternary_ste``.
+    """
+    half = weight.detach().abs().mean(dim=(-2, -1), keepdim=True).clamp(min=SCALE_EPS) / 2  # which rounds to 0
+    positive, negative = (weight.detach() > half).float().mean(), (weight.detach() < -half).float().mean()
+    return {"ternary_zero": 1 - positive - negative, "ternary_positive": positive}
+
+
 def int8_ste(x: Tensor) -> Tensor:
     """clamp(round(x t), -128, 127) / t, t = 127 / max|x| over the last dimension; the gradient passes unchanged.
 
@@ -75,6 +86,10 @@ class BitLinear(nn.Linear):
         if self._can_keep() and normed.dtype != torch.float64:
             return bitlinear_packed(normed, *self._ternary(), self.bias, eps=SCALE_EPS)
         return bitlinear(normed, self.weight, self.bias, eps=SCALE_EPS)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Shares of the ternary weight: see ``ternary_shares``."""
+        return ternary_shares(self.weight)
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training or evaluation, and forget the packed weight."""

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ultrazoo.errors import ConfigError
 from ultrazoo.nn.block_config import BlockConfig
 from ultrazoo.nn.conv import SegmentConv1d
+from ultrazoo.nn.dropout import Dropout
 from ultrazoo.nn.mlp import ACTIVATIONS, Activation
 from ultrazoo.nn.segments import mask_padding, positions
 
@@ -78,7 +79,7 @@ class Embeddings(nn.Module):
         self.position_scale = nn.Parameter(torch.full((1,), D**-0.5)) if sinusoidal else None
         self.scale = None if getattr(norm, "has_statistics", True) else nn.Parameter(torch.full((1,), D**0.5))
         self.norm = norm
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, input_ids: Tensor, segments: Tensor | None = None) -> Tensor:
         """Embed ids.

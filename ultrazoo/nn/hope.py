@@ -20,7 +20,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from ultrazoo.nn.dropout import drop
 
 TILE = 32
 """Queries per tile: inside it factors stay under e^32 and products under e^64, far from the end of fp32 and bf16."""
@@ -167,5 +168,5 @@ def hope_attention(
             if prefix is not None:
                 scores = torch.cat((q[..., start:stop, :] @ free_k.transpose(-1, -2), scores), dim=-1)
             weights = torch.softmax(scores, dim=-1)
-            rows.append((F.dropout(weights, dropout) if dropout else weights) @ v)
+            rows.append(drop(weights, dropout, True) @ v)
         return torch.cat(rows, dim=-2).to(dtype)

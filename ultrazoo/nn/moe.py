@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ultrazoo.nn.bitlinear import NORM_EPS, autocast_dtype, int8_ste, ternary_ste
+from ultrazoo.nn.bitlinear import NORM_EPS, autocast_dtype, int8_ste, ternary_shares, ternary_ste
 from ultrazoo.nn.block_config import BlockConfig
 from ultrazoo.nn.mlp import ACTIVATIONS, Activation
 from ultrazoo.spec import BlockSpec
@@ -120,6 +122,8 @@ class MoE(nn.Module):
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.config = config
+        self.sum_counts: Callable[[Tensor], Tensor] | None = None
+        """Sums counts of visits over the processes that share a batch: the balance loss is that of all of it."""
         E, D, F_ = config.num_experts, config.hidden_size, config.ffn_hidden_size
         self.router = nn.Linear(D, E, bias=False)
         nn.init.normal_(self.router.weight, std=config.initializer_range)
@@ -163,6 +167,13 @@ class MoE(nn.Module):
         y = (visits * weights.to(visits.dtype).unsqueeze(-1)).sum(1)
         return y.view(x.shape), aux
 
+    def statistics(self) -> dict[str, Tensor]:
+        """Shares of the experts' ternary weights, with ``use_bitnet``: see ``ternary_shares``."""
+        if not self.config.use_bitnet:
+            return {}
+        up, down = ternary_shares(self.up), ternary_shares(self.down)
+        return {name: (up[name] + down[name]) / 2 for name in up}
+
     def _route(self, tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Choose experts and weights for tokens (N, D); padding gets weight 0 and expert E, which there is not."""
         k, E = self.config.top_k_experts, self.config.num_experts
@@ -175,9 +186,13 @@ class MoE(nn.Module):
         top, experts = probs.topk(k, dim=-1)
         weights = (top / top.sum(-1, keepdim=True) if k > 1 else top).masked_fill(padding, 0)
 
-        count = real.sum().clamp(min=1)
+        count = real.sum()
         visits = F.one_hot(experts, E).sum(1).masked_fill(padding, 0).sum(0)
-        load = visits.to(wide) / (count * k)
+        counts = torch.cat([visits, count.unsqueeze(0)])  # (E + 1,)
+        if self.sum_counts is not None:
+            counts = self.sum_counts(counts)
+        load = counts[:E].to(wide) / (counts[E].clamp(min=1) * k)
+        count = count.clamp(min=1)
         mean_prob = probs.masked_fill(padding, 0).sum(0) / count
         squared_z = logits.logsumexp(-1).square().masked_fill(padding.squeeze(1), 0)
         aux = {

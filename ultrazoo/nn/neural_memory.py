@@ -272,3 +272,15 @@ class NeuralMemory(nn.Module):
             )
             forwards, backwards = y.split(batch)
             return (forwards + backwards.flip(1)).flatten(2)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """What a token that says nothing of its own (x = 0) does to the memory.
+
+        ``forget`` is the mean alpha, ``momentum`` the mean eta, ``retained_tokens`` the geometric mean of 1 / alpha.
+        """
+        alpha, eta, _ = self.gates.bias.detach().float().view(2, 3, self.num_heads).unbind(1)
+        return {
+            "forget": torch.sigmoid(alpha).mean(),
+            "momentum": torch.sigmoid(eta).mean(),
+            "retained_tokens": F.logsigmoid(alpha).mean().neg().exp(),
+        }

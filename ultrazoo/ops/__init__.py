@@ -8,15 +8,19 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ultrazoo.ops.attention.op import attention
     from ultrazoo.ops.bitlinear.op import bitlinear, bitlinear_packed, pack_ternary
+    from ultrazoo.ops.dropout.op import dropout
     from ultrazoo.ops.library import kernel_policy, kernel_status, set_kernel_policy
     from ultrazoo.ops.retention.op import retention
     from ultrazoo.ops.rk4.op import rk4_combine, rk4_stage
     from ultrazoo.ops.selective_scan.op import selective_scan
 
 _HOMES = {
+    "attention": "attention.op",
     "bitlinear": "bitlinear.op",
     "bitlinear_packed": "bitlinear.op",
+    "dropout": "dropout.op",
     "kernel_policy": "library",
     "kernel_status": "library",
     "pack_ternary": "bitlinear.op",
@@ -28,8 +32,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "attention",
     "bitlinear",
     "bitlinear_packed",
+    "dropout",
     "kernel_policy",
     "kernel_status",
     "pack_ternary",

@@ -1,5 +1,5 @@
-// The exponential of the scan, which is most of its work: 2^x = 2^n T[j] 2^r with x = n + j / entries + r, T in a
-// register.
+// The exponential where it is most of the work (scan, attention): 2^x = 2^n T[j] 2^r with x = n + j / entries + r, T in
+// a register. For cpu.cpp files.
 #pragma once
 
 #include "common/simd.h"

@@ -1,0 +1,115 @@
+#include <optional>
+#include <tuple>
+
+#include "attention/kernels.h"
+#include "common/bind.h"
+
+namespace uz {
+namespace {
+
+// x (batch, rows, heads, width), with elements of a row together.
+Tensor rowwise(const Tensor& x) { return x.size(3) == 1 || x.stride(3) == 1 ? x : torch::stable::contiguous(x); }
+
+HeadRows rows_of(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.size(3)}; }
+
+Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
+}
+
+// The arguments of both passes, alive; o and lse are yet to be set.
+struct Inputs {
+  Tensor q, k, v;
+  std::optional<Tensor> segments;
+  Attention args;
+
+  Inputs(const Tensor& q_, const Tensor& k_, const Tensor& v_, const std::optional<Tensor>& segments_,
+         const Tensor& seed, int64_t keep, double scale, int64_t prefix, bool sigmoid, const char* where)
+      : q(rowwise(q_)),
+        k(rowwise(k_)),
+        v(rowwise(v_)),
+        segments(segments_ ? std::optional<Tensor>(torch::stable::contiguous(*segments_)) : std::nullopt) {
+    const bool fits = k.size(0) == q.size(0) && v.size(0) == q.size(0) && k.size(1) == prefix + q.size(1) &&
+                      v.size(1) == k.size(1) && k.size(2) == q.size(2) && v.size(2) == q.size(2) &&
+                      k.size(3) == q.size(3);
+    STD_TORCH_CHECK(fits, where, ": the shapes of q, k and v do not fit");
+    STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), where,
+                    ": q, k and v have different dtypes");
+    STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, where, ": the seed is not one int64");
+    STD_TORCH_CHECK(keep >= 1 && keep <= 65536, where, ": got keep ", keep, ", expected 1 to 65536");
+    args = {
+        .q = rows_of(q),
+        .k = rows_of(k),
+        .v = rows_of(v),
+        .o = nullptr,
+        .lse = nullptr,
+        .segments = segments ? segments->const_data_ptr<int64_t>() : nullptr,
+        .length = q.size(1),
+        .heads = q.size(2),
+        .prefix = prefix,
+        .seed = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>()),
+        .keep = keep,
+        .scale = static_cast<float>(scale),
+        .dtype = dtype_of(q, where),
+        .sigmoid = sigmoid,
+    };
+  }
+
+  int64_t items() const { return args.length + args.prefix > 0 ? q.size(0) * args.heads : 0; }
+};
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                   const std::optional<Tensor>& segments, const Tensor& seed, int64_t keep,
+                                   double scale, int64_t prefix, bool sigmoid) {
+  Inputs in(q, k, v, segments, seed, keep, scale, prefix, sigmoid, "ultrazoo::attention");
+  const int64_t batch = q.size(0), length = in.args.length, heads = in.args.heads;
+  Tensor o = new_empty(q, {batch, length, heads, v.size(3)}, q.scalar_type());
+  Tensor lse = new_empty(q, {sigmoid ? 0 : batch, heads, length}, ScalarType::Float);
+  if (in.items() == 0) return {o, lse};
+  in.args.o = o.mutable_data_ptr();
+  in.args.lse = lse.mutable_data_ptr<float>();
+  const AttentionKernels& kernels = attention_kernels();
+  parallel_with_scratch(
+      q, in.items(), kernels.scratch_floats(in.args),
+      [&](float* scratch, int64_t begin, int64_t end) { kernels.forward(in.args, scratch, begin, end); });
+  return {o, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
+                                            const Tensor& o, const Tensor& lse, const std::optional<Tensor>& segments,
+                                            const Tensor& seed, int64_t keep, double scale, int64_t prefix,
+                                            bool sigmoid) {
+  const char* where = "ultrazoo::attention_backward";
+  Inputs in(q, k, v, segments, seed, keep, scale, prefix, sigmoid, where);
+  check_same_shape(grad, o, where);
+  STD_TORCH_CHECK(grad.scalar_type() == q.scalar_type() && o.scalar_type() == q.scalar_type(), where,
+                  ": grad and q have different dtypes");
+  STD_TORCH_CHECK(o.size(0) == q.size(0) && o.size(1) == q.size(1) && o.size(2) == q.size(2) && o.size(3) == v.size(3),
+                  where, ": the shape of o does not fit");
+  const Tensor rows = rowwise(grad), output = torch::stable::contiguous(o), sums = torch::stable::contiguous(lse);
+  Tensor dq = empty_contiguous(q, q.scalar_type()), dk = empty_contiguous(k, q.scalar_type()),
+         dv = empty_contiguous(v, q.scalar_type());
+  if (in.items() == 0) return {dq, dk, dv};
+  in.args.o = const_cast<void*>(output.const_data_ptr());
+  in.args.lse = const_cast<float*>(sums.const_data_ptr<float>());
+  const AttentionBackward args = {
+      .forward = in.args,
+      .grad = rows_of(rows),
+      .dq = dq.mutable_data_ptr(),
+      .dk = dk.mutable_data_ptr(),
+      .dv = dv.mutable_data_ptr(),
+  };
+  const AttentionKernels& kernels = attention_kernels();
+  parallel_with_scratch(
+      q, in.items(), kernels.backward_scratch_floats(args),
+      [&](float* scratch, int64_t begin, int64_t end) { kernels.backward(args, scratch, begin, end); });
+  return {dq, dk, dv};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ultrazoo, CPU, m) {
+  m.impl("attention", TORCH_BOX(&forward));
+  m.impl("attention_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace uz

@@ -1,0 +1,1 @@
+"""Dropout by a counter-based generator: the backward draws the same mask again."""
