@@ -35,8 +35,8 @@ def attention_reference(
     """Weigh the values.
 
     Returns:
-        o (B, L, H, V), contiguous, in the dtype of q, and log2 sum_m exp(scale q_n . k_m), (B, H, L) in fp32 or wider, 0
-        at padding; (0, H, L) for the sigmoid, which has no use for it.
+        o (B, L, H, V), contiguous, in the dtype of q; and log2 sum_m exp(scale q_n . k_m), (B, H, L) in fp32 or wider,
+        0 at padding; (0, H, L) for the sigmoid, which has no use for it.
     """
     with torch.autocast(q.device.type, enabled=False):
         rows = _Rows(q, k, v, segments, prefix)
