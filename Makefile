@@ -63,8 +63,19 @@ bench: $(VENV)/.dev
 sanitize: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/sanitize.py
 
+test-cuda: cuda-matrix
+	OMP_NUM_THREADS=1 $(BIN)/python tests/simt/check.py --order all
+	OMP_NUM_THREADS=1 $(BIN)/python tests/simt/check.py --mode address
+	OMP_NUM_THREADS=1 $(BIN)/python tests/simt/check.py --mode thread --dtype float32
+	OMP_NUM_THREADS=1 $(BIN)/python tests/simt/mutations.py
+
 cuda-matrix: $(VENV)/.dev
 	$(BIN)/python bench/cuda_matrix.py $(ARGS)
 
 gpu-check: $(VENV)/.dev
 	$(BIN)/python bench/gpu_check.py $(ARGS)
+
+# make faults        every fault that a training run must survive, really brought about; ARGS="--only 1a,5" picks some
+.PHONY: faults
+faults: $(VENV)/.dev
+	cd tests && OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m faults --jobs $(JOBS) $(ARGS)

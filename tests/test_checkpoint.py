@@ -92,7 +92,19 @@ def damage_version(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
 
 
-@pytest.mark.parametrize("damage", [damage_cut, damage_flip, damage_missing, damage_manifest, damage_version])
+def damage_no_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def damage_no_entry(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["model.safetensors"] = {"bytes": 3}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_cut, damage_flip, damage_missing, damage_manifest, damage_no_manifest, damage_no_entry]
+)
 def test_a_damaged_newest_is_set_aside_with_a_warning(tmp_path: Path, damage) -> None:  # type: ignore[no-untyped-def]
     store = fill(tmp_path, [None, None], 3, 1)
     damage(tmp_path / "step-000002")
@@ -103,6 +115,14 @@ def test_a_damaged_newest_is_set_aside_with_a_warning(tmp_path: Path, damage) ->
     assert "step-000002.damaged" in lines[0]
     assert (tmp_path / "step-000002.damaged").is_dir()
     store.save(2, snapshot(2))
+    assert steps(store) == [1, 2]
+
+
+def test_a_newest_of_another_format_version_is_refused_and_left_where_it_is(tmp_path: Path) -> None:
+    store = fill(tmp_path, [None, None], 3, 1)
+    damage_version(tmp_path / "step-000002")
+    with pytest.raises(CheckpointError, match="got format_version 99, expected 1"):
+        store.newest_whole(print)
     assert steps(store) == [1, 2]
 
 

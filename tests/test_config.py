@@ -103,6 +103,9 @@ def test_positions_default_to_rope_unless_hope_serves_every_layer():
     small = {"hidden_size": 32, "num_heads": 4}
     assert ModelConfig(**small).position_embedding == "rope"
     assert ModelConfig(**small, layer_pattern=["titan_attn"], use_hope=True).position_embedding == "none"
+    scans = Config(model=ModelConfig(**small, retention_heads=4, layer_pattern=["retnet", "mamba"]))
+    assert scans.model.position_embedding == "none"
+    assert config_from_dict(scans.to_dict(), "its own resolved form").model == scans.model
     assert (
         ModelConfig(**small, layer_pattern=["titan_attn", "standard_attn"], use_hope=True).position_embedding == "rope"
     )

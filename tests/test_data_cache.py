@@ -41,11 +41,11 @@ def caches(folder: Path) -> list[Path]:
 def test_it_is_made_once_and_used_after(folder: Path) -> None:
     lines: list[str] = []
     first = build(folder, lines)
-    assert any("tokenised 299 rows" in line for line in lines) and "data: skipped 1 rows: 1 null" in lines
+    assert any("tokenised 299 rows" in line for line in lines) and "data: skipped 1 row (1 null)" in lines
     before = {path: path.stat().st_mtime_ns for path in caches(folder)[0].iterdir()}
     lines.clear()
     second = build(folder, lines)
-    assert not any("tokenised" in line for line in lines) and "data: skipped 1 rows: 1 null" in lines
+    assert not any("tokenised" in line for line in lines) and "data: skipped 1 row (1 null)" in lines
     assert {path: path.stat().st_mtime_ns for path in caches(folder)[0].iterdir()} == before
     assert second.stats == first.stats and first.stats["rows"] == 300 and documents(first) == documents(second)
 

@@ -75,7 +75,7 @@ def test_the_output_trains_and_its_pages_carry_checksums(tmp_path: Path) -> None
     assert build(tmp_path, max_samples=100).rows_per_epoch > 10
     flip(tmp_path / "data/a.parquet", group=1)
     with pytest.raises(DataError, match="row group 1 is damaged"):
-        RowReader(open_source(str(tmp_path / "data"))).read(Span(1, 0, 2000), None, {})  # type: ignore[arg-type]
+        RowReader(open_source(str(tmp_path / "data"), on_bad_data="error")).read(Span(1, 0, 2000), None, {})  # type: ignore[arg-type]
 
 
 def test_long_documents_make_smaller_row_groups(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_what_is_not_parquet_is_named(tmp_path: Path, content: bytes) -> None:
     bad = tmp_path / "b.parquet"
     bad.write_bytes(content)
     with pytest.raises(DataError, match=rf"{re.escape(str(bad))}: not a readable Parquet file.*copy it again"):
-        open_source(str(tmp_path))
+        open_source(str(tmp_path), on_bad_data="error")
 
 
 def test_a_file_cut_short_is_named(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_damaged_row_group_is_named_and_its_neighbours_are_readable(tmp_path: 
     texts = make_texts(90)
     path = write(tmp_path / "a.parquet", texts, group=30, compression=compression, use_dictionary=False)
     flip(path, group=1)
-    reader, skipped = RowReader(open_source(str(path))), Counter[str]()
+    reader, skipped = RowReader(open_source(str(path), on_bad_data="error")), Counter[str]()
     with pytest.raises(DataError, match=rf"{re.escape(str(path))}: row group 1 is damaged"):
         reader.read(Span(1, 0, 30), None, skipped)
     assert reader.read(Span(0, 0, 30), None, skipped) == texts[:30]

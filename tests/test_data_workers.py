@@ -113,7 +113,8 @@ def test_a_killed_worker_is_an_error_when_its_window_is_due(folder: Path) -> Non
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_row_group_is_the_same_error_from_a_worker(folder: Path, workers: int) -> None:
     flip(folder / "data/a.parquet", group=8)
-    data = build(folder, stream_local_parquet=True, shuffle=False, dataloader_workers=workers)
+    changes = {"stream_local_parquet": True, "shuffle": False, "on_bad_data": "error"}
+    data = build(folder, dataloader_workers=workers, **changes)
     with pytest.raises(DataError, match=r"a\.parquet: row group 8 is damaged near its row 0") as caught:
         list(islice(data.train_batches(), 500))
     assert "Traceback" not in str(caught.value) and "\n" not in str(caught.value)

@@ -13,9 +13,9 @@ from train_parts import Recorder, RowData, TinyModel, make_config, make_trainer,
 
 from ultrazoo.errors import DataError, NonFiniteError
 from ultrazoo.train.amp import Precision
-from ultrazoo.train.health import block_of, gradient_statistics
 from ultrazoo.train.loop import Trainer
 from ultrazoo.train.signals import SignalGuard
+from ultrazoo.train.statistics import block_of, gradient_statistics
 
 
 def run(trainer: Trainer) -> None:

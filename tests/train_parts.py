@@ -69,6 +69,10 @@ class RowData:
     def epoch(self) -> float:
         return self.next_row / 64
 
+    @property
+    def stats(self) -> dict[str, Any]:
+        return {"files": 1, "rows": 64, "skipped": {}, "damage": {}, "damaged_files": {}}
+
     def train_batches(self) -> Iterator[Rows]:
         while True:
             batch = rows(self.next_row, self.batch_size)
@@ -98,7 +102,11 @@ class TinyModel(nn.Module):
         self.head.weight = self.embeddings.weight
         nn.init.normal_(self.embeddings.weight, std=0.3)
         self.poisoned_calls: set[int] = set()
+        self.poisonous_rows: set[int] = set()
+        """Numbers of rows (see ``rows``) whose batch has a loss of NaN in training, whenever it comes."""
         self.calls = 0
+        self.poisoned: list[int] = []
+        """Poisonous rows in the order in which they came."""
 
     def forward(
         self, input_ids: torch.Tensor, segments: torch.Tensor | None = None, labels: torch.Tensor | None = None
@@ -112,6 +120,10 @@ class TinyModel(nn.Module):
         self.calls += self.training
         if self.training and self.calls in self.poisoned_calls:
             loss = loss * float("nan")
+        for row in self.poisonous_rows if self.training else ():
+            if (input_ids == rows(row, 1).input_ids).all(1).any():
+                self.poisoned.append(row)
+                loss = loss * float("nan")
         aux = {"balance_loss": 0.01 * x[segments > 0].square().mean()}
         return MaskedLMOutput(x, logits, loss, logits.shape[0], aux, {"load": torch.tensor([0.25, 0.75])})
 
@@ -153,6 +165,7 @@ def make_trainer(
     model = model or TinyModel()
     torch.manual_seed(training.seed)
     trainer = Trainer(config, model, data, plan, store, display)  # type: ignore[arg-type]
+    trainer.flights.folder = folder / "flight"
     recorder = Recorder()
     trainer.reporters.append(recorder)
     return trainer, recorder

@@ -87,7 +87,8 @@ Error launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, S
     config.stream = static_cast<cudaStream_t>(stream);
     status = cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
   }
-  if (status == cudaSuccess) status = cudaGetLastError();
+  const cudaError_t last = cudaGetLastError();  // and forgotten, so that the next launch does not report it
+  if (status == cudaSuccess) status = last;
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ultrazoo import __version__
-from ultrazoo.cli import bench, data, prove, run, use, zoo
+from ultrazoo.cli import bench, data, inspect, prove, replay, run, use, zoo
 from ultrazoo.cli.console import log_to_stderr, print_error, say
 from ultrazoo.errors import UltrazooError
 
@@ -28,6 +28,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(run.train)
+app.command("resume")(run.resume)
+app.command("inspect")(inspect.inspect)
+app.command("replay")(replay.replay)
 app.command("list")(zoo.list_)
 app.command("show")(zoo.show)
 app.command("schema")(zoo.schema)
@@ -65,7 +68,9 @@ def main() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
-    log_to_stderr()
+    rank = os.environ.get("RANK", "0")  # set by torchrun
+    who = "" if rank == "0" else f"rank {rank}: "
+    log_to_stderr(quiet=bool(who))
     try:
         app(prog_name="ultrazoo")
     except (UltrazooError, OSError) as error:
@@ -74,6 +79,6 @@ def main() -> None:
         code = error.exit_code if isinstance(error, UltrazooError) else 1
         if code > SIGNALLED:
             say(str(error))
-        else:
-            print_error(str(error))
+        elif str(error):  # empty: the first of many processes tells
+            print_error(f"{who}{error}")
         sys.exit(code)

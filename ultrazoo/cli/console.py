@@ -57,9 +57,13 @@ class _StderrHandler(logging.Handler):
         say(mark + record.getMessage())
 
 
-def log_to_stderr() -> None:
-    """Send the package's log to stderr, from the level in ``ULTRAZOO_LOG`` up (info when unset)."""
+def log_to_stderr(*, quiet: bool = False) -> None:
+    """Send the package's log to stderr, from the level in ``ULTRAZOO_LOG`` up.
+
+    Args:
+        quiet: When that is unset, begin at error and not at info: one of many processes speaks for all.
+    """
     logger = logging.getLogger("ultrazoo")
     level = logging.getLevelName(os.environ.get("ULTRAZOO_LOG", "").upper())
-    logger.setLevel(level if isinstance(level, int) else logging.INFO)
+    logger.setLevel(level if isinstance(level, int) else logging.ERROR if quiet else logging.INFO)
     logger.handlers = [_StderrHandler()]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ultrazoo.cli.console import print_table, say
+from ultrazoo.cli.console import print_json, print_table, say
 
 if TYPE_CHECKING:
     from ultrazoo.config import Config, LoadedConfig
@@ -23,6 +24,9 @@ def train(
         str | None,
         typer.Option(metavar="auto|PATH", help="Go on from the run's latest checkpoint (auto), or from this one."),
     ] = None,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Begin a new run with the weights of --resume PATH and nothing else.")
+    ] = False,
     output_dir: Annotated[Path | None, typer.Option(help="Run folder.  [default: runs/NAME]")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = None,
     kernels: Annotated[str | None, typer.Option(help="auto, compiled or reference.")] = None,
@@ -51,7 +55,58 @@ def train(
         return
     from ultrazoo.train import train as train_model
 
-    train_model(loaded.config, run_dir=run_dir, resume=resume)
+    train_model(loaded.config, run_dir=run_dir, resume=resume, weights_only=weights_only)
+
+
+def resume(
+    run: Annotated[Path, typer.Argument(help="A run folder, such as runs/embbert.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a field; may be repeated.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Train nothing: take the last steps again and compare, bit for bit.")
+    ] = False,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --verify: steps to take again.  [default: from the checkpoint before the last]"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --verify: print the comparison as JSON.")] = False,
+) -> None:
+    """Go on with a run from its newest whole checkpoint, with its own config.yaml.
+
+    With --verify, exit 0 when weights, optimiser, random numbers, data position and records come out equal to the last
+    bit, and 1 when they do not; the run folder is left as it is.
+    """
+    from ultrazoo.config import load_config
+    from ultrazoo.errors import CheckpointError
+
+    if not (run / "config.yaml").is_file():
+        raise CheckpointError(f"{run}: holds no config.yaml; expected a run folder such as runs/embbert")
+    if (steps is not None or as_json) and not verify:
+        raise typer.BadParameter("--steps and --json act with --verify only")
+    loaded = load_config(run / "config.yaml", overrides or [])
+    if not verify:
+        from ultrazoo.train import train as train_model
+
+        train_model(loaded.config, run_dir=run, resume="auto")
+        return
+    if overrides:
+        raise typer.BadParameter("--set: has no place with --verify, which takes the steps as they were taken")
+    from ultrazoo.train.verify import verify_run
+
+    found = verify_run(run, steps=steps, say=say)
+    if as_json:
+        print_json(asdict(found))
+    else:
+        print_table(
+            f"{run}: {found.checkpoints[-1]} again from {found.start or 'the beginning'}",
+            ("", "compared", "differ"),
+            [(name, f"{count:,}", f"{found.differ.get(name, 0):,}") for name, count in found.compared.items()],
+            right=("compared", "differ"),
+        )
+    say(found.verdict)
+    if found.first_difference is not None:
+        raise typer.Exit(1)
 
 
 def annotated_yaml(loaded: LoadedConfig) -> str:
@@ -77,15 +132,17 @@ def _rehearse(config: Config, run_dir: Path) -> None:
     import torch
 
     from ultrazoo.model import build_model, parameter_table
+    from ultrazoo.train.memory import memory_told
 
-    torch.manual_seed(config.training.seed)
-    model = build_model(config.model)
-    table = parameter_table(model)
-    length = config.training.max_length
-    token_ids = torch.randint(config.model.vocab_size, (1, length))
-    output = model(token_ids, labels=token_ids)
-    loss = output.loss_sum / output.num_targets
-    (loss + sum(output.losses.values())).backward()
+    with memory_told():
+        torch.manual_seed(config.training.seed)
+        model = build_model(config.model)
+        table = parameter_table(model)
+        length = config.training.max_length
+        token_ids = torch.randint(config.model.vocab_size, (1, length))
+        output = model(token_ids, labels=token_ids)
+        loss = output.loss_sum / output.num_targets
+        (loss + sum(output.losses.values())).backward()
     total = sum(count for _, count in table)
     rows = [(part, f"{count:,}", f"{count / total:.1%}") for part, count in table]
     headers = ("part", "parameters", "share")

@@ -57,7 +57,7 @@ class ModelConfig(BaseModel):
     ffn_type: str = Field("mlp", description="Feed-forward block by name; use_moe selects 'moe'.")
     tie_word_embeddings: bool = Field(True, description="The output head uses the token embeddings.")
     position_embedding: Literal["none", "learned", "sinusoidal", "rope"] | None = Field(
-        None, description="Positions; unset: rope, or none where HoPE serves every layer."
+        None, description="Positions; unset: rope, or none where HoPE serves every layer or no block rotates."
     )
     max_position_embeddings: int = Field(512, ge=1, description="Longest document with learned positions.")
     norm_position: Literal["pre", "post"] = Field("pre", description="Norm before each block, or after its residual.")
@@ -82,7 +82,8 @@ class ModelConfig(BaseModel):
             blind = {spec.name for spec in specs if "position_embedding" in spec.config.model_fields}
             hope = {spec.name for spec in specs if "use_hope" in spec.config.model_fields}
             # frozen for users; a default that depends on other fields is settled here, once
-            self.__dict__["position_embedding"] = "none" if self.use_hope and blind == hope else "rope"
+            unused = not blind or (self.use_hope and blind == hope)
+            self.__dict__["position_embedding"] = "none" if unused else "rope"
         lines += self._without_effect(specs)
         for spec in specs:
             try:

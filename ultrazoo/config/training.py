@@ -26,6 +26,10 @@ class TrainingConfig(BaseModel):
     # data
     local_parquet_dir: str | None = Field(None, description="Parquet file, folder or glob; unset: the embedded corpus.")
     text_column: str = Field("text", description="Column that holds the text.")
+    on_bad_data: Literal["skip", "error"] = Field(
+        "skip",
+        description="Rows without text, damaged row groups and files: leave them out and count them, or end the run.",
+    )
     tokenizer: str | None = Field(
         None, description="Path of a tokenizer.json; unset: trained from the data, then cached."
     )
@@ -46,7 +50,7 @@ class TrainingConfig(BaseModel):
     validation_fraction: float = Field(0.02, gt=0, lt=0.5, description="Share of rows held out.")
 
     # steps
-    batch_size: int = Field(32, ge=1, description="Rows per micro-batch.")
+    batch_size: int = Field(32, ge=1, description="Rows per micro-batch, of all processes together.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per optimiser step.")
     num_epochs: float = Field(1.0, gt=0, description="Passes over the data, when neither limit below is set.")
     max_steps: int | None = Field(None, ge=1, description="Optimiser steps.")
@@ -78,6 +82,16 @@ class TrainingConfig(BaseModel):
     num_threads: int | None = Field(None, ge=1, description="Threads of torch on the CPU; unset: torch's choice.")
     kernels: Literal["auto", "compiled", "reference"] = Field("auto", description="Which kernels the ops run on.")
     use_amp: bool = Field(False, description="Mixed precision: bfloat16, or float16 with scaling where it is missing.")
+    gradient_checkpointing: bool = Field(
+        False, description="Keep only the input of each layer, and run the layer again in the backward pass."
+    )
+    distributed: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="Under torchrun: a replica in each process (auto, ddp) or a shard of every tensor (fsdp).",
+    )
+    distributed_timeout: int = Field(
+        600, ge=10, description="Seconds after which a process that does not answer counts as lost."
+    )
 
     # checkpoints and reports
     output_dir: str | None = Field(None, description="Run folder; unset: runs/<name of the config>.")
@@ -88,7 +102,15 @@ class TrainingConfig(BaseModel):
     eval_max_batches: int = Field(50, ge=1, description="Most batches per validation.")
     log_every_n_steps: int = Field(10, ge=1, description="Steps between records in metrics.jsonl.")
     nan_check_interval: int = Field(10, ge=1, description="Steps between checks of loss and gradients for NaN and Inf.")
-    log_gradient_stats: bool = Field(False, description="Record gradient statistics per block.")
+    on_nan: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="When loss or gradient is not finite: end the run, leave the update out, or return to the last "
+        "checkpoint and go on with later data.",
+    )
+    nan_limit: int = Field(
+        5, ge=1, description="Bad steps in a row, or rollbacks without a new checkpoint, that end the run."
+    )
+    log_gradient_stats: bool = Field(False, description="Record gradient, update and module statistics per block.")
     gradient_log_interval: int = Field(10, ge=1, description="Steps between those records.")
     report_to: tuple[Literal["tensorboard"], ...] = Field((), description="Further trackers.")
 
@@ -99,6 +121,11 @@ class TrainingConfig(BaseModel):
             lines.append(
                 f"training.decay_ratio: got {self.decay_ratio} with warmup_ratio {self.warmup_ratio}; "
                 "expected a sum of at most 1"
+            )
+        if self.distributed == "fsdp" and self.use_galore:
+            lines.append(
+                "training.use_galore: got true with distributed fsdp, whose shards of a gradient have no singular "
+                "value decomposition; set distributed to ddp, or use_galore to false"
             )
         if lines:
             raise ProblemsError(lines)
@@ -114,6 +141,8 @@ class TrainingConfig(BaseModel):
         ]
         if "decay_ratio" in fields and self.lr_schedule != "wsd":
             lines.append("training.decay_ratio: has no effect unless lr_schedule is wsd")
+        if "nan_limit" in fields and self.on_nan == "stop":
+            lines.append("training.nan_limit: has no effect while on_nan is stop")
         if "num_epochs" in fields and (self.max_steps or self.max_minutes):
             lines.append("training.num_epochs: has no effect, since max_steps or max_minutes is set")
         return lines

@@ -13,6 +13,7 @@ from ultrazoo.data.sources import ParquetSource, open_source
 from ultrazoo.data.split import Split
 from ultrazoo.data.stores import Store, TextStore, TokenStore
 from ultrazoo.data.tokenizer import Vocabulary, find_vocabulary
+from ultrazoo.errors import DataError
 
 if TYPE_CHECKING:
     from ultrazoo.config import TrainingConfig
@@ -31,7 +32,9 @@ def build_data(training: TrainingConfig, model_vocab_size: int, console: Callabl
         ConfigError: A tokenizer that does not fit the model or the settings.
     """
     cache_dir = Path(training.cache_dir).expanduser() if training.cache_dir else default_cache_dir()
-    source = open_source(training.local_parquet_dir, training.text_column, training.max_samples)
+    source = open_source(training.local_parquet_dir, training.text_column, training.max_samples, training.on_bad_data)
+    for damaged in source.damaged:
+        console(f"warning: data: {damaged.reason}; skipped (training.on_bad_data)")
     vocabulary = find_vocabulary(
         source,
         given=training.tokenizer,
@@ -45,8 +48,11 @@ def build_data(training: TrainingConfig, model_vocab_size: int, console: Callabl
     stats = data.stats
     seen = f", {stats['tokens']:,} tokens" if isinstance(store, TokenStore) else ", tokenised while training"
     console(f"data: {stats['rows']:,} rows in {stats['files']} file(s){seen}")
-    if stats["skipped"]:
-        console(f"data: skipped {sum(stats['skipped'].values()):,} rows: {reasons(stats['skipped'])}")
+    if isinstance(store, TokenStore):
+        for damage in stats["damage"].values():
+            console(f"warning: data: {damage}; its rows from there on are skipped (training.on_bad_data)")
+    if data.left_out:
+        console(f"data: skipped {data.left_out}")
     return data
 
 
@@ -72,4 +78,11 @@ def _store(
             rebuild=not training.prefer_local_cache,
             console=console,
         )
-    return TokenStore(folder, source, vocabulary, split)
+    store = TokenStore(folder, source, vocabulary, split)
+    if training.on_bad_data == "error" and store.manifest["skipped"]:
+        found = [*store.manifest.get("damage", {}).values(), reasons(store.manifest["skipped"])]
+        raise DataError(
+            f"training.on_bad_data: is error, but rows of this data cannot be used: {'; '.join(found)}; run once with "
+            "training.prefer_local_cache=false to learn where, or set training.on_bad_data to skip"
+        )
+    return store

@@ -144,13 +144,14 @@ class _ShardWriter:
     def _write(self, names: dict[str, str], first: int) -> dict[str, Any]:
         counts = np.zeros(self.vocabulary, np.int64)
         skipped: Counter[str] = Counter()
+        damage: dict[str, str] = {}
         lengths = [np.zeros(1, np.int64)]
         total = size = 0
         unit = first
         with (self.folder / names["tokens"]).open("wb") as file:
             while unit < len(self.source.units) and total < SHARD_TOKENS:
                 for span in self._spans(unit):
-                    texts = self.reader.read(span, None, skipped)
+                    texts = self.reader.read(span, None, skipped, damage)
                     usable = [text for text in texts if text is not None]
                     ids, sizes = self.encoder.encode(usable)
                     file.write(ids.tobytes())
@@ -167,7 +168,8 @@ class _ShardWriter:
             with (self.folder / names[name]).open("wb") as file:
                 file.write(array.tobytes())
                 _flush(file)
-        return {**names, "units": [first, unit], "num_tokens": total, "bytes": size, "skipped": dict(skipped)}
+        facts = {"num_tokens": total, "bytes": size, "skipped": dict(skipped), "damage": damage}
+        return {**names, "units": [first, unit], **facts}
 
     def _spans(self, unit: int) -> Iterator[Span]:
         rows = self.source.units[unit].rows
@@ -188,9 +190,11 @@ def _publish(aside: Path, folder: Path, shards: list[dict[str, Any]], writer: _S
     """Write the manifest and put the folder in place of an older one."""
     counts = np.zeros(writer.vocabulary, np.int64)
     skipped: Counter[str] = Counter()
+    damage: dict[str, str] = {}
     for shard in shards:
         counts += np.fromfile(aside / shard["counts"], np.int64)
         skipped.update(shard["skipped"])
+        damage |= shard.get("damage", {})
     write_atomically(aside / "counts", counts.tobytes())
     manifest = {
         "format": FORMAT,
@@ -199,6 +203,7 @@ def _publish(aside: Path, folder: Path, shards: list[dict[str, Any]], writer: _S
         "tokens": sum(shard["num_tokens"] for shard in shards),
         "bytes": sum(shard["bytes"] for shard in shards),
         "skipped": dict(sorted(skipped.items())),
+        "damage": damage,
         "shards": shards,
         "sizes": {name: size for shard in shards for name, size in shard["sizes"].items()} | {"counts": counts.nbytes},
     }

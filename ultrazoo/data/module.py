@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from ultrazoo.data.batch import Batch, make_batch
+from ultrazoo.data.batch import Batch, Share, make_batch
 from ultrazoo.data.masking import Masker, word_table
 from ultrazoo.data.packing import Documents, Frame, count_rows, pack
 from ultrazoo.data.plan import Plan
@@ -72,10 +72,13 @@ class DataModule:
         )
         self._dataset = WindowDataset(plan, store, self._frame, training.pack_sequences)
         self._console = console
+        self.share = Share()
+        """Set before the first batch where many processes train: each gets its rows of every batch."""
         self._position = (0, 0, 0)
         self._window_rows = 1
         self._seen: Counter[str] = Counter()
         self._skipped: Counter[str] = Counter()
+        self._damage: dict[str, str] = {}
         self._sample = self._find_sample()
 
     @cached_property
@@ -132,15 +135,22 @@ class DataModule:
                     if missing == 0:
                         self._position, self._window_rows = (window.epoch, window.index, row), rows
                         tokens, segments, streams = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-                        yield make_batch(tokens, segments, streams, self._masker)
+                        yield make_batch(tokens, segments, streams, self._masker, self.share)
                         parts, missing = [], size
 
     def _count(self, window: Window) -> None:
         if (window.epoch, window.index) == (1, 0) and self._skipped:
             self._console(f"data: skipped in the first epoch: {reasons(self._skipped)}")
+        for place, damage in window.damage.items():
+            if place not in self._damage:
+                self._damage[place] = damage
+                self._tell(damage)
         if window.epoch == 0:
             self._skipped.update(window.skipped)
             self._seen.update(tokens=window.num_tokens, bytes=window.bytes)
+
+    def _tell(self, damage: str) -> None:
+        self._console(f"warning: data: {damage}; its rows from there on are skipped (training.on_bad_data)")
 
     def _find_sample(self) -> tuple[int, Documents]:
         """Return the first window of the first epoch with a row to train on, and its documents.
@@ -177,6 +187,8 @@ class DataModule:
             "plan": self.plan,
             "seen": dict(self._seen),
             "skipped": dict(self._skipped),
+            "damage": dict(self._damage),
+            "damaged_files": {file.name: file.reason for file in self.source.damaged},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -213,6 +225,9 @@ class DataModule:
         self._position = (int(state["epoch"]), int(state["window"]), int(state["row"]))
         self._window_rows = int(state["window_rows"])
         self._seen, self._skipped = Counter(state["seen"]), Counter(state["skipped"])
+        self._damage = dict(state.get("damage", {}))
+        for damage in self._damage.values():
+            self._tell(damage)
 
     @property
     def epoch(self) -> float:
@@ -261,7 +276,8 @@ class DataModule:
             )
         states = draws(key(MASKS, VALIDATION), np.arange(len(tokens)))
         batches = [slice(start, start + size) for start in range(0, len(tokens), size)][: training.eval_max_batches]
-        return [make_batch(tokens[part], segments[part], states[part], self._masker) for part in batches]
+        parts = [(tokens[rows], segments[rows], states[rows]) for rows in batches]
+        return [make_batch(*part, self._masker, self.share) for part in parts]
 
     def validation_batches(self) -> list[Batch]:
         """Return at most ``eval_max_batches`` batches of held-out rows; the same, masks included, for every seed.
@@ -295,10 +311,22 @@ class DataModule:
     def stats(self) -> dict[str, Any]:
         """``files``, ``rows``, ``skipped`` by reason, ``tokens`` without special ones, ``bytes`` of usable text.
 
-        Without a cache the last three cover what the first epoch has read so far.
+        ``damage`` says by row group why rows of it are hidden, ``damaged_files`` by name why a file is left out.
+        Without a cache all but these files cover what the first epoch has read so far.
         """
         facts: dict[str, Any] = {"files": len(self.source.files), "rows": self.source.num_rows}
+        facts["damaged_files"] = {file.name: file.reason for file in self.source.damaged}
         if isinstance(self.store, TokenStore):
-            return facts | {name: self.store.manifest[name] for name in ("skipped", "tokens", "bytes")}
-        skipped = dict(sorted(self._skipped.items()))
-        return facts | {"skipped": skipped, "tokens": self._seen["tokens"], "bytes": self._seen["bytes"]}
+            manifest = {"damage": {}} | self.store.manifest
+            return facts | {name: manifest[name] for name in ("skipped", "damage", "tokens", "bytes")}
+        facts |= {"skipped": dict(sorted(self._skipped.items())), "damage": dict(sorted(self._damage.items()))}
+        return facts | {"tokens": self._seen["tokens"], "bytes": self._seen["bytes"]}
+
+    @property
+    def left_out(self) -> str:
+        """What of the data was not used, in one line; empty if all of it was."""
+        stats = self.stats
+        counts = {"row": sum(stats["skipped"].values()), "file": len(stats["damaged_files"])}
+        parts = [f"{count:,} {name}{'s' * (count > 1)}" for name, count in counts.items() if count]
+        why = reasons(stats["skipped"])
+        return " and ".join(parts) + (f" ({why})" if why else "")

@@ -9,10 +9,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ultrazoo.data.sources import ParquetSource, Span, brief, open_parquet
+from ultrazoo.data.sources import DamagedError, ParquetSource, Span, damage_told, open_parquet
 from ultrazoo.errors import DataError
 
 OPEN_CURSORS = 24
+BATCH = 1024
+"""Rows decoded at a time: damage in a row group costs the rows from the beginning of such a batch on."""
+LOST = "in a damaged row group"
 
 
 class _Cursor:
@@ -20,20 +23,25 @@ class _Cursor:
 
     def __init__(self, source: ParquetSource, unit: int) -> None:
         entry = source.units[unit]
-        self.path, self.group = source.files[entry.file].path, entry.group
+        self.path, self.place = source.files[entry.file].path, source.place(unit)
         self.position = 0
+        self.damage: DamagedError | None = None
         self._parquet = open_parquet(self.path)
         self._batches: Iterator[pa.RecordBatch] = self._parquet.iter_batches(
-            batch_size=1024, row_groups=[entry.group], columns=[source.text_column], use_threads=False
+            batch_size=BATCH, row_groups=[entry.group], columns=[source.text_column], use_threads=False
         )
         self._held: pa.Array | None = None
 
     def take(self, start: int, stop: int) -> list[pa.Array]:
-        """Return rows ``start`` to ``stop``; start is never before the position."""
+        """Return rows ``start`` to ``stop``, or those before the ``damage``; start is never before the position."""
         taken = []
         while self.position < stop:
             if self._held is None or not len(self._held):
-                self._held = self._next()
+                try:
+                    self._held = self._next()
+                except DamagedError as error:
+                    self.damage = error
+                    break
             skip = min(max(start - self.position, 0), len(self._held))
             count = min(stop - self.position - skip, len(self._held) - skip) if skip < len(self._held) else 0
             if count:
@@ -43,15 +51,12 @@ class _Cursor:
         return taken
 
     def _next(self) -> pa.Array:
-        try:
-            return next(self._batches).column(0)
-        except StopIteration as error:
-            raise DataError(f"{self.path}: row group {self.group} ends early, at row {self.position}") from error
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(
-                f"{self.path}: row group {self.group} is damaged near its row {self.position} ({brief(error)}); "
-                "expected pages whose checksums hold; restore the file, or take it out of training.local_parquet_dir"
-            ) from error
+        what = f"{self.place} is damaged near its row {self.position}"
+        with damage_told(what, "pages whose checksums hold; restore the file"):
+            batch = next(self._batches, None)
+        if batch is None:
+            raise DamagedError(f"{self.place} ends early, at row {self.position}; restore the file")
+        return batch.column(0)
 
     def close(self) -> None:
         self._parquet.close()
@@ -62,41 +67,83 @@ class RowReader:
 
     def __init__(self, source: ParquetSource) -> None:
         self.source = source
+        self._strict = source.on_bad_data == "error"
         self._cursors: OrderedDict[int, _Cursor] = OrderedDict()
+        self._ends: dict[int, tuple[int, DamagedError]] = {}
+        """Row group -> its first row that damage hides, and the damage."""
 
-    def read(self, span: Span, keep: NDArray[np.bool_] | None, skipped: Counter[str]) -> list[str | None]:
+    def read(
+        self, span: Span, keep: NDArray[np.bool_] | None, skipped: Counter[str], damage: dict[str, str] | None = None
+    ) -> list[str | None]:
         """Return the texts of a span, None where a row is not wanted or unusable.
 
         Args:
             span: Rows of one row group.
             keep: (rows,) which are wanted; None means all.
             skipped: Counts the wanted rows that are unusable, by reason.
+            damage: Takes row group -> damage that hides rows of the span.
 
         Raises:
-            DataError: The row group is damaged; the message names file and row group.
+            DataError: Under ``on_bad_data: error``, a wanted row is unusable or the row group is damaged; the message
+                names file, row group and row. In any case, the system does not let the file be read.
         """
         rows = span.stop - span.start
         kind = self.source.files[self.source.units[span.unit].file].kind
         if kind in ("other", "null"):
             wanted = rows if keep is None else int(keep.sum())
             if wanted:
-                skipped["not text" if kind == "other" else "null"] += wanted
+                reason = "not text" if kind == "other" else "null"
+                if self._strict:
+                    raise self._refusal(span.unit, span.start, reason)
+                skipped[reason] += wanted
             return [None] * rows
+        values = self._values(span)
+        if len(values) < rows:
+            _, error = self._ends[span.unit]
+            if self._strict:
+                raise error
+            if damage is not None:
+                damage[self.source.place(span.unit)] = str(error)
+            lost = rows - len(values) if keep is None else int(keep[len(values) :].sum())
+            if lost:
+                skipped[LOST] += lost
+        texts: list[str | None] = [None] * rows
+        for row, value in enumerate(values):
+            if keep is None or keep[row]:
+                texts[row] = clean(value, skipped)
+                if texts[row] is None and self._strict:  # the first of all: nothing was counted before
+                    raise self._refusal(span.unit, span.start + row, next(iter(skipped)))
+        return texts
+
+    def _values(self, span: Span) -> list[str | bytes | None]:
+        """Values of a span's rows, up to damage."""
+        if span.unit in self._ends:
+            end = self._ends[span.unit][0]
+            if end <= span.start:
+                return []
+            span = span._replace(stop=min(span.stop, end))
         cursor = self._cursors.pop(span.unit, None)
         if cursor is not None and cursor.position > span.start:
             cursor.close()
             cursor = None
         cursor = cursor or _Cursor(self.source, span.unit)
         values = [value for array in cursor.take(span.start, span.stop) for value in _values(array)]
-        if span.stop < self.source.units[span.unit].rows:
+        if cursor.damage is not None:
+            self._ends[span.unit] = (cursor.position, cursor.damage)
+            cursor.close()
+        elif span.stop < self.source.units[span.unit].rows:
             self._cursors[span.unit] = cursor
             if len(self._cursors) > OPEN_CURSORS:
                 self._cursors.popitem(last=False)[1].close()
         else:
             cursor.close()
-        if keep is None:
-            return [clean(value, skipped) for value in values]
-        return [clean(value, skipped) if wanted else None for value, wanted in zip(values, keep, strict=True)]
+        return values
+
+    def _refusal(self, unit: int, row: int, reason: str) -> DataError:
+        return DataError(
+            f"{self.source.place(unit)}, row {row}: {reason}; expected text; training.on_bad_data is error: take the "
+            "row out, or set it to skip, which counts such rows and goes on"
+        )
 
 
 def _values(array: pa.Array) -> Sequence[str | bytes | None]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +23,12 @@ CORPUS = Path(__file__).resolve().with_name("corpus")
 WHOLE_DIGEST_BYTES = 64 << 20
 SAMPLED_PIECES, SAMPLED_BYTES = 64, 64 << 10
 READ_BUFFER = 1 << 20
+
+OnBadData = Literal["skip", "error"]
+
+
+class DamagedError(DataError):
+    """A file or row group cannot be read for what it holds, not for the machine's state."""
 
 
 class Span(NamedTuple):
@@ -44,6 +52,16 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
+class DamagedFile:
+    """A file that is left out, and why."""
+
+    name: str
+    size: int
+    digest: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Unit:
     """A row group: file number, number within the file, rows used, and the row of the file that it begins with."""
 
@@ -61,6 +79,8 @@ class ParquetSource:
     units: tuple[Unit, ...]
     text_column: str
     max_samples: int | None
+    damaged: tuple[DamagedFile, ...] = ()
+    on_bad_data: OnBadData = "skip"
 
     @cached_property
     def unit_rows(self) -> NDArray[np.int64]:
@@ -74,10 +94,20 @@ class ParquetSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of names, sizes, contents, text column and row limit; times and folders are not part of it."""
+        """SHA-256 of names, sizes, contents, text column and row limit; times and folders are not part of it.
+
+        A file that is left out is part of it: put right, it would bring other rows.
+        """
         named = [(file.name, file.size, file.digest, file.group_rows) for file in self.files]
-        facts = json.dumps([named, self.text_column, self.max_samples])
-        return hashlib.sha256(facts.encode()).hexdigest()
+        facts: list[object] = [named, self.text_column, self.max_samples]
+        if self.damaged:
+            facts.append([(file.name, file.size, file.digest) for file in self.damaged])
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def place(self, unit: int) -> str:
+        """Name a row group, for messages and records."""
+        entry = self.units[unit]
+        return f"{self.files[entry.file].path}: row group {entry.group}"
 
     @property
     def is_embedded(self) -> bool:
@@ -85,19 +115,38 @@ class ParquetSource:
         return all(file.path.parent == CORPUS for file in self.files)
 
 
-def open_source(location: str | None, text_column: str = "text", max_samples: int | None = None) -> ParquetSource:
+def open_source(
+    location: str | None,
+    text_column: str = "text",
+    max_samples: int | None = None,
+    on_bad_data: OnBadData = "skip",
+) -> ParquetSource:
     """Find the files, read their footers and check the text column; no text is read.
 
     Args:
         location: A file, a folder (searched recursively, in order of name) or a glob; None is the embedded corpus.
         text_column: Column that holds the text.
         max_samples: Most rows to use, counted from the first file on.
+        on_bad_data: What to do about a file that is not Parquet or is cut short, and later about what cannot be read.
 
     Raises:
-        DataError: No file, a file that is not Parquet or is cut short, a missing column, or no rows.
+        DataError: No file, none that is whole, one that is not under ``error``, a missing column, or no rows.
     """
     paths, root = find_files(location)
-    files = tuple(_describe(path, root, text_column) for path in paths)
+    whole: list[SourceFile] = []
+    damaged: list[DamagedFile] = []
+    for path in paths:
+        try:
+            whole.append(_describe(path, root, text_column))
+        except DamagedError as error:
+            if on_bad_data == "error":
+                raise
+            name = path.relative_to(root).as_posix()
+            damaged.append(DamagedFile(name, path.stat().st_size, _digest(path), str(error)))
+    if not whole:
+        others = f" (and {len(damaged) - 1} more: none of the files can be read)" if len(damaged) > 1 else ""
+        raise DataError(damaged[0].reason + others)
+    files = tuple(whole)
     if all(file.kind == "other" for file in files):
         raise DataError(
             f"{files[0].path}: column {text_column!r} holds no text in any of {len(files)} file(s); expected a string "
@@ -114,7 +163,7 @@ def open_source(location: str | None, text_column: str = "text", max_samples: in
             first += rows
     if not units:
         raise DataError(f"{location or CORPUS}: {len(files)} Parquet file(s) without a single row; expected text")
-    return ParquetSource(files, tuple(units), text_column, max_samples)
+    return ParquetSource(files, tuple(units), text_column, max_samples, tuple(damaged), on_bad_data)
 
 
 def find_files(location: str | None) -> tuple[list[Path], Path]:
@@ -160,14 +209,23 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     """Open a file for reading little by little, with page checksums verified.
 
     Raises:
-        DataError: The file is not Parquet, is cut short or cannot be read.
+        DamagedError: The file is not Parquet or is cut short.
+        DataError: The system does not let it be read.
     """
-    try:
+    with damage_told(f"{path}: not a readable Parquet file", "a complete one; it may be cut short: copy it again"):
         return pq.ParquetFile(path, buffer_size=READ_BUFFER, pre_buffer=False, page_checksum_verification=True)
+
+
+@contextmanager
+def damage_told(what: str, expected: str) -> Iterator[None]:
+    """Turn Arrow's errors into a DamagedError, and those of the system or for want of memory into a DataError."""
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path}: not a readable Parquet file ({brief(error)}); expected a complete one; it may be cut short: "
-            "copy it again, or take it out of training.local_parquet_dir"
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+            raise DataError(f"{what} ({brief(error)}): the machine, not the data; cure that, then resume") from error
+        raise DamagedError(
+            f"{what} ({brief(error)}); expected {expected}, or take it out of training.local_parquet_dir"
         ) from error
 
 
@@ -176,7 +234,10 @@ def _columns(path: Path) -> str:
 
 
 def _describe(path: Path, root: Path, text_column: str) -> SourceFile:
-    with open_parquet(path) as parquet:
+    with (
+        open_parquet(path) as parquet,
+        damage_told(f"{path}: its footer cannot be read", "a complete Parquet file: copy it again"),
+    ):
         schema, metadata = parquet.schema_arrow, parquet.metadata
         if text_column not in schema.names:
             raise DataError(

@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,11 +24,15 @@ from ultrazoo.errors import DataError
 
 @dataclass(frozen=True)
 class Reading:
-    """The documents of some spans, and what was met on the way: unusable rows by reason, bytes of usable text."""
+    """The documents of some spans, and what was met on the way.
+
+    That is unusable rows by reason, bytes of usable text, and row group -> damage that hides some of the rows.
+    """
 
     documents: Documents
     skipped: Counter[str]
     bytes: int
+    damage: dict[str, str] = field(default_factory=dict)
 
 
 class Store(Protocol):
@@ -55,13 +59,14 @@ class TextStore:
         _, reader, encoder = self._tools
         texts: list[str] = []
         skipped: Counter[str] = Counter()
+        damage: dict[str, str] = {}
         for span in spans:
             keep = self.split.held_out(span) == held_out
-            rows = reader.read(span, keep, skipped)
+            rows = reader.read(span, keep, skipped, damage)
             texts += [text for text in rows if text is not None]
         ids, lengths = encoder.encode(texts)
         size = sum(len(text.encode()) for text in texts)
-        return Reading(Documents(ids, np.cumsum(lengths) - lengths, lengths), skipped, size)
+        return Reading(Documents(ids, np.cumsum(lengths) - lengths, lengths), skipped, size, damage)
 
 
 class TokenStore:

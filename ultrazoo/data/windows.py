@@ -27,7 +27,10 @@ Index = tuple[int, int]
 
 @dataclass(frozen=True)
 class Window:
-    """The packed rows of window ``index`` of an epoch: tokens and segments, both (rows, L); and what was skipped."""
+    """The packed rows of window ``index`` of an epoch: tokens and segments, both (rows, L); and what was skipped.
+
+    ``damage`` names the row groups, and their damage, that hides rows of the window.
+    """
 
     epoch: int
     index: int
@@ -36,6 +39,7 @@ class Window:
     skipped: Counter[str]
     num_tokens: int
     bytes: int
+    damage: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class WindowDataset(Dataset[Window | Failure]):
         key = (self.plan.seed, *index) if self.plan.shuffle else None
         tokens, segments = pack(reading.documents, self.frame, packed=self.packed, key=key)
         count = int(reading.documents.lengths.sum())
-        return Window(*index, tokens, segments, reading.skipped, count, reading.bytes)
+        return Window(*index, tokens, segments, reading.skipped, count, reading.bytes, reading.damage)
 
 
 class _FromPosition(Sampler[Index]):

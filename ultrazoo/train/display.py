@@ -144,6 +144,9 @@ def final_table(result: Mapping[str, Any]) -> Table:
         "checkpoint": result["checkpoint"] or "-",
         "best checkpoint": result["best_checkpoint"] or "-",
     }
+    for name in ("skipped_steps", "rollbacks"):
+        if result.get(name):
+            rows[name.replace("_", " ")] = number(result[name], ",")
     for name, value in rows.items():
         table.add_row(Text(name), Text(str(value)))
     return table

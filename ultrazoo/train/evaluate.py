@@ -12,6 +12,7 @@ from torch import nn
 from ultrazoo.errors import NonFiniteError
 from ultrazoo.model import IGNORED
 from ultrazoo.train.amp import Precision
+from ultrazoo.train.team import Team
 
 if TYPE_CHECKING:
     from ultrazoo.data import Batch
@@ -19,7 +20,11 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], precision: Precision, stopped: Callable[[], bool] = lambda: False
+    model: nn.Module,
+    batches: Iterable[Batch],
+    precision: Precision,
+    stopped: Callable[[], bool] = lambda: False,
+    team: Team | None = None,
 ) -> dict[str, float] | None:
     """Return ``loss`` (nats per target), ``perplexity``, top-1 ``accuracy`` and the number of ``targets``.
 
@@ -28,6 +33,7 @@ def evaluate(
         batches: Held-out batches with fixed masks.
         precision: Dtype and device to score in.
         stopped: Asked before every batch; True gives the evaluation up.
+        team: The processes that share the batches; None: this one alone.
 
     Returns:
         The figures; None if it was given up or nothing was masked.
@@ -47,9 +53,13 @@ def evaluate(
         targets += wanted.numel()
         rows.append(torch.stack([output.loss_sum.float(), (output.logits.argmax(-1) == wanted).sum().float()]))
     model.train(training)
-    if stopped() or not targets:
+    if stopped():
         return None
-    loss, accuracy = (math.fsum(column) / targets for column in zip(*torch.stack(rows).tolist(), strict=True))
+    columns = zip(*torch.stack(rows).tolist(), strict=True) if rows else ((), ())
+    loss_sum, correct, seen = (team or Team()).total([*map(math.fsum, columns), targets])
+    if not seen:
+        return None
+    loss, accuracy = loss_sum / seen, correct / seen
     if not math.isfinite(loss):
         raise NonFiniteError(f"validation: the loss is {loss}, expected a finite number; the weights have diverged")
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": accuracy, "targets": targets}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": accuracy, "targets": int(seen)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -14,18 +15,24 @@ from torch import Tensor, nn
 import ultrazoo
 from ultrazoo.config import Config
 from ultrazoo.errors import DataError
-from ultrazoo.model import IGNORED
+from ultrazoo.train.agree import flight_recorder
 from ultrazoo.train.amp import make_precision
-from ultrazoo.train.checkpoint import Snapshot, load_model, load_optimizer, model_tensors, optimizer_tensors, read_state
+from ultrazoo.train.checkpoint import Snapshot, read_state
 from ultrazoo.train.display import Display
 from ultrazoo.train.evaluate import evaluate
-from ultrazoo.train.health import FiniteGuard, gradient_statistics, require_finite
+from ultrazoo.train.health import FiniteGuard, require_finite
 from ultrazoo.train.metrics import Reporter, Window, plain
+from ultrazoo.train.objective import accumulate
 from ultrazoo.train.optim import build_optimizer, skips_on_device
-from ultrazoo.train.runtime import memory_bytes, rng_state, set_rng_state
+from ultrazoo.train.receipt import make_receipt
+from ultrazoo.train.recovery import Recovery
+from ultrazoo.train.runtime import memory_bytes, note_on_threads
 from ultrazoo.train.schedule import Plan, Progress
 from ultrazoo.train.signals import SignalGuard, StoppedError
+from ultrazoo.train.statistics import BlockReport
 from ultrazoo.train.store import CheckpointStore
+from ultrazoo.train.team import Team, Totals
+from ultrazoo.train.watch import Watch
 
 if TYPE_CHECKING:
     from ultrazoo.data import Batch, DataModule
@@ -41,20 +48,32 @@ class Trainer:
         plan: When the run ends.
         store: Where checkpoints go.
         display: What the user sees.
+        team: The processes that train together; None: this one alone.
     """
 
     def __init__(
-        self, config: Config, model: nn.Module, data: DataModule, plan: Plan, store: CheckpointStore, display: Display
+        self,
+        config: Config,
+        model: nn.Module,
+        data: DataModule,
+        plan: Plan,
+        store: CheckpointStore,
+        display: Display,
+        team: Team | None = None,
     ) -> None:
         self.config, self.training = config, config.training
         self.model, self.data, self.plan, self.store, self.display = model, data, plan, store, display
-        self.parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.team = team or Team()
+        self.stepped, self.parameters = self.team.take(model)
         self.names: dict[Tensor, str] = {p: name for name, p in self.parameters}
         self.device = self.parameters[0][1].device
-        self.optimizer, summary = build_optimizer(model, self.training)
+        self.optimizer, summary = build_optimizer(model, self.training, dict(self.parameters))
         display.say(summary)
         self.precision = make_precision(self.device, self.training.use_amp)
         self.finite = FiniteGuard(self.training.nan_check_interval, self.device)
+        self.flights = flight_recorder(self.team, store.root.parent / "flight", config, self.device)
+        self.recovery = Recovery(self.training, self.finite, self.flights, store, display.say)
+        self.watch = Watch(config.model.top_k_experts)
         self.progress, self.window = Progress(), Window()
         self.reporters: list[Reporter] = []
         self.last_checkpoint: Path | None = None
@@ -82,9 +101,14 @@ class Trainer:
         last = first >= 1
         while not last and guard.stop is None:
             self.step()
-            progress.elapsed_seconds = time.perf_counter() - started
+            guard.poll()
+            progress.elapsed_seconds = self.team.clock(time.perf_counter() - started)
             share = self._share()
             last = share >= 1  # asked once a step: time goes on, and the last step must know that it is
+            looks = self.finite.due(progress.step) or self._due(training.eval_every_n_steps, last)
+            if looks and self.settle():
+                last = False
+                continue
             self.display.advance(progress.step, share)
             if self._due(training.log_every_n_steps, last):
                 left = (progress.elapsed_seconds - begun) * max(0.0, 1 - share)
@@ -94,8 +118,11 @@ class Trainer:
             loss = progress.validation_loss
             wanted = guard.take_checkpoint_request() or (loss is not None and self.store.would_be_best(loss))
             if wanted or guard.stop is not None or self._due(training.checkpoint_every_n_steps, last):
+                if self.settle():
+                    last = False
+                    continue
                 self.save()
-            progress.elapsed_seconds = time.perf_counter() - started
+            progress.elapsed_seconds = self.team.clock(time.perf_counter() - started)
         if guard.stop is not None:
             raise StoppedError(
                 guard.stop,
@@ -113,59 +140,59 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate
         progress.step += 1
-        self._backward(batches)
+        moment = self.flights.begin(progress.step, batches, self._rate)
+        totals = self.team.totals(batches)
+        self._backward(batches, totals)
         self._update()
-        progress.tokens += sum(batch.num_tokens for batch in batches)
+        moment.loss, moment.norm = self._loss, self._norm
+        progress.tokens += totals.tokens
         progress.train_seconds += time.perf_counter() - begun
 
-    def _backward(self, batches: list[Batch]) -> None:
+    def _backward(self, batches: list[Batch], totals: Totals | None = None) -> None:
         """Leave the gradient of the whole step's mean loss in the parameters."""
-        targets = max(1, sum(int((batch.labels != IGNORED).sum()) for batch in batches))
-        tokens = max(1, sum(batch.num_tokens for batch in batches))
-        sums: dict[str, Tensor] = {}
-        for batch in batches:
-            moved = batch.to(self.device)
-            with self.precision.autocast():
-                output = self.model(moved.input_ids, segments=moved.segments, labels=moved.labels)
-            weight = batch.num_tokens / tokens
-            auxiliary = {name: value * weight for name, value in output.losses.items()}
-            objective = output.loss_sum / targets
-            for value in auxiliary.values():
-                objective = objective + value
-            self.precision.backward(objective)
-            parts = {"loss_sum": output.loss_sum, **auxiliary, "objective": objective}
-            sums = {name: sums.get(name, 0) + value.detach() for name, value in parts.items()}
-            self._stats = output.stats
+        sums, self._stats = accumulate(self.stepped, batches, self.precision, self.team, totals)
         self._loss = sums.pop("objective")
-        self.window.add({"targets": torch.tensor(float(targets), device=self.device), **sums})
+        self.window.add(sums)
 
     def _update(self) -> None:
-        """Clip, and update unless the loss or the norm of the gradient is not finite."""
+        """Clip, and update unless this step or one since the last look has a loss or gradient that is not finite."""
         step, limit, scaler = self.progress.step, self.training.max_grad_norm, self.precision.scaler
         scaler.unscale_(self.optimizer)
         gradients = [p.grad for _, p in self.parameters if p.grad is not None]
-        self._norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        if self.training.log_gradient_stats and self._due(self.training.gradient_log_interval):
-            self._report({"step": step, "gradients": gradient_statistics(self.parameters)})
-        bad = self.finite.look(step, self._loss, torch.zeros_like(self._norm) if self.precision.scaled else self._norm)
+        self._norm = self.team.norm(gradients)
+        reports = self.training.log_gradient_stats and self._due(self.training.gradient_log_interval)
+        report = BlockReport(self.model, self.parameters, self.team) if reports else None
+        hold = self.finite.mark(step, self._loss, torch.zeros_like(self._norm) if self.precision.scaled else self._norm)
         if self.finite.due(step):
-            self.finite.check(step, self._loss, self._norm, self.last_checkpoint)
             self.precision.check_scale(step)
         if limit and (self.device.type != "cpu" or self._norm > limit):  # asking a CPU is no sync
             torch._foreach_mul_(gradients, (limit / (self._norm + 1e-6)).clamp(max=1.0))
-        if skips_on_device(self.optimizer):
-            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+        if skips_on_device(self.optimizer) and not self.precision.scaled:  # a scaler would write its own found_inf
+            self.optimizer.found_inf = hold  # type: ignore[attr-defined]
             scaler.step(self.optimizer)
-        elif not bad.item():
+        elif not hold.item():
             scaler.step(self.optimizer)
         scaler.update()
+        if report is not None:
+            self._report({"step": step, **report.read()})
         self.optimizer.zero_grad(set_to_none=True)
+
+    def settle(self) -> bool:
+        """Act on steps since the last look that were not finite; True if the run went back to a checkpoint.
+
+        Raises:
+            NonFiniteError: The run must stop.
+        """
+        target = self.recovery.look(self.progress, self.model, self.precision, self.last_checkpoint, self._report)
+        if target is not None:
+            self.progress.return_to(Progress(**self._load(target)["progress"]))
+        return target is not None
 
     def validate(self, guard: SignalGuard) -> None:
         """Score the held-out text, unless a signal cuts it short."""
         if self._validation is None:
             self._validation = self.data.validation_batches()[: self.training.eval_max_batches]
-        figures = evaluate(self.model, self._validation, self.precision, lambda: guard.stop is not None)
+        figures = evaluate(self.model, self._validation, self.precision, guard.poll, self.team)
         if figures is None:
             return
         step = self.progress.step
@@ -181,70 +208,65 @@ class Trainer:
         """Write a checkpoint of this step.
 
         Raises:
-            NonFiniteError: A weight, a moment or a step since the last check is not finite; nothing is written.
+            NonFiniteError: A weight or a moment of the optimiser is not finite; nothing is written.
             CheckpointError: The file system refused.
         """
         step = self.progress.step
-        self.finite.check(step, self._loss, self._norm, self.last_checkpoint)
-        model, optimizer = model_tensors(self.model), optimizer_tensors(self.optimizer, self.names)
-        require_finite({**model, **optimizer}, f"step {step}")
+        model = self.team.model_tensors(self.model)
+        optimizer = self.team.optimizer_tensors(self.optimizer, self.names)
+        self.team.leader_says(lambda: require_finite({**model, **optimizer}, f"step {step}"))
         state = {
             "step": step,
             "epoch": self.data.epoch,
             "validation_loss": self.progress.validation_loss,
             "progress": asdict(self.progress),
             "window": self.window.state_dict(),
+            "watch": self.watch.state_dict(),
             "data": self.data.state_dict(),
             "tokenizer_sha256": self.data.tokenizer_sha256,
             "data_fingerprint": self.data.fingerprint,
-            "rng": rng_state(self.device),
+            **self.team.random_states(self.device),
+            "processes": self.team.size,
             "scaler": self.precision.state_dict(),
             "ultrazoo": ultrazoo.__version__,
             "torch": torch.__version__,
             "device": str(self.device),
             "num_threads": torch.get_num_threads(),
         }
-        snapshot = Snapshot(
-            model=model,
-            optimizer=optimizer,
-            state=state,
-            config_yaml=self.config.to_yaml(),
-            tokenizer_json=self.data.vocabulary.text,
-        )
+        yaml, tokenizer = self.config.to_yaml(), self.data.vocabulary.text
+        tensors = {"model": model, "optimizer": optimizer}
+        receipt = make_receipt(self.config, self.device, self.data, self.progress)
+        snapshot = Snapshot(**tensors, state=state, config_yaml=yaml, tokenizer_json=tokenizer, receipt=receipt)
         self.last_checkpoint = self.store.save(step, snapshot)
+        self.recovery.returns = 0
         self.display.say(f"step {step} checkpoint {self.last_checkpoint}")
 
     def restore(self, folder: Path) -> None:
         """Continue from a checkpoint that was verified and belongs to this run."""
-        state = read_state(folder)
-        load_model(folder, self.model)
-        load_optimizer(folder, self.optimizer, self.names)
+        state = self._load(folder)
         self.data.load_state_dict(state["data"])
         self.progress = Progress(**state["progress"])
+        notes = self.team.set_random_states(state, self.device), note_on_threads(state["num_threads"])
+        for note in filter(None, notes):
+            self.display.say(note)
+
+    def _load(self, folder: Path) -> dict[str, Any]:
+        """Take over weights, optimiser and what belongs to them; return the state of everything else."""
+        state = read_state(folder)
+        self.team.load_model(folder, self.model)
+        self.team.load_optimizer(folder, self.optimizer, self.names)
         self.window.load_state_dict(state["window"])
+        self.watch.load_state_dict(state.get("watch", {}))
         self.precision.load_state_dict(state["scaler"])
-        set_rng_state(state["rng"], self.device)
         self.last_checkpoint = folder
-        threads = torch.get_num_threads()
-        if state["num_threads"] != threads:
-            self.display.say(
-                f"resume: {threads} threads, the checkpoint had {state['num_threads']}: the run continues, but to the "
-                f"bit only with training.num_threads={state['num_threads']}"
-            )
+        return state
 
     def result(self, run_dir: Path) -> dict[str, Any]:
         """The figures of the final table."""
-        progress, best = self.progress, self.store.best()
-        seconds = progress.train_seconds
+        best = self.store.best()
         return {
             "run_dir": str(run_dir),
-            "steps": progress.step,
-            "tokens": progress.tokens,
-            "seconds": progress.elapsed_seconds,
-            "tokens_per_second": progress.tokens / seconds if seconds else None,
-            "data_wait_share": progress.wait_seconds / seconds if seconds else None,
-            "train_loss": progress.train_loss,
-            **{f"validation_{key}": progress.validation.get(key) for key in ("loss", "perplexity", "accuracy")},
+            **self.progress.figures(),
             "unigram_entropy": self.data.unigram_entropy,
             "checkpoint": str(self.last_checkpoint) if self.last_checkpoint else None,
             "best_checkpoint": str(best[0]) if best and self.store.num_best else None,
@@ -265,18 +287,22 @@ class Trainer:
     def _log(self, share: float, eta: float | None) -> None:
         progress = self.progress
         means = self.window.means()
-        progress.train_loss = means["loss"]
+        if math.isfinite(means["loss"]):
+            progress.train_loss = means["loss"]
         tokens, seconds = progress.tokens - self._mark[0], progress.train_seconds - self._mark[1]
         self._mark = (progress.tokens, progress.train_seconds)
         record: dict[str, Any] = {"step": progress.step, "epoch": self.data.epoch, **means}
         record |= {"lr": self._rate, "grad_norm": self._norm.item(), "tokens": progress.tokens}
         record |= {"tokens_per_second": tokens / seconds if seconds else 0.0, "seconds": progress.elapsed_seconds}
         record |= {"data_wait_share": progress.wait_seconds / max(progress.train_seconds, 1e-9)}
-        record |= {"memory_bytes": memory_bytes(self.device)}
+        record |= {"memory_bytes": memory_bytes(self.device), "skipped_steps": progress.skipped_steps}
         if self._stats:
             record["stats"] = plain(self._stats)
         self._report(record)
         self.display.record(record, share, eta)
+        for line, symptom in self.watch.look(progress.step, self.window.losses, record.get("stats", {})):
+            self.display.say(f"warning: {line}")
+            self._report({"step": progress.step, **symptom})
 
     def _report(self, record: dict[str, Any]) -> None:
         for reporter in self.reporters:

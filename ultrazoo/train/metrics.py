@@ -113,6 +113,8 @@ class Window:
     """Sums of the steps since the last record, left on the device until they are asked for."""
 
     def __init__(self) -> None:
+        self.losses: list[float] = []
+        """Nats per target of each step that the newest means are made of, NaN and infinities included."""
         self._done: list[dict[str, float]] = []
         self._pending: list[dict[str, torch.Tensor]] = []
 
@@ -128,11 +130,17 @@ class Window:
             self._pending = []
 
     def means(self) -> dict[str, float]:
-        """Return the means over the steps and start anew: ``loss_sum`` / ``targets`` as ``loss``, others by step."""
+        """Return the means over the steps and start anew: ``loss_sum`` / ``targets`` as ``loss``, others by step.
+
+        Steps with a value that is not finite are left out: their update is held back too. If none is left the loss is
+        NaN.
+        """
         self._collect()
-        steps, self._done = self._done, []
+        taken, self._done = self._done, []
+        self.losses = [step["loss_sum"] / max(step["targets"], 1.0) for step in taken]
+        steps = [step for step in taken if all(map(math.isfinite, step.values()))]
         if not steps:
-            return {}
+            return {"loss": math.nan}
         targets = math.fsum(step["targets"] for step in steps)
         means = {"loss": math.fsum(step["loss_sum"] for step in steps) / max(targets, 1.0)}
         for name in steps[-1]:

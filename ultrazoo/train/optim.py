@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,14 +56,21 @@ def _reason_to_keep(name: str, parameter: nn.Parameter, module: nn.Module) -> st
     return "scalars and vectors" if parameter.ndim < 2 else None
 
 
-def build_optimizer(model: nn.Module, training: TrainingConfig) -> tuple[torch.optim.Optimizer, str]:
+def build_optimizer(
+    model: nn.Module, training: TrainingConfig, tensors: Mapping[str, nn.Parameter] | None = None
+) -> tuple[torch.optim.Optimizer, str]:
     """Return the optimiser and a line that sums up its groups.
+
+    Args:
+        model: The model.
+        training: The training section.
+        tensors: What to update in place of the model's own parameters, by name, such as shards of them.
 
     Raises:
         ConfigError: ``use_galore`` is set and its package is missing, or no weight is large enough for its rank.
     """
     groups = split_parameters(model)
-    tensors = dict(model.named_parameters())
+    tensors = tensors or dict(model.named_parameters())
     fused = next(model.parameters()).device.type in FUSED_DEVICES
     low_rank = low_rank_names(model, training) if training.use_galore else set()
     decayed = [tensors[name] for name in groups.decayed if name not in low_rank]
@@ -94,7 +102,8 @@ def build_optimizer(model: nn.Module, training: TrainingConfig) -> tuple[torch.o
     else:
         optimizer = torch.optim.AdamW(param_groups, fused=fused, **settings)
         note = ""
-    count = sum(tensors[name].numel() for name in groups.decayed)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    count = sum(sizes[name] for name in groups.decayed)
     kept = ", ".join(f"{reason} {number:,}" for reason, number in groups.reasons.items()) or "none"
     return optimizer, f"adamw: {count:,} parameters decay by {training.weight_decay:g}{note}; without decay: {kept}"
 

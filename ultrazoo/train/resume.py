@@ -8,13 +8,29 @@ from typing import Any
 
 from ultrazoo.config import Config, ModelConfig, TrainingConfig
 from ultrazoo.errors import CheckpointError, ConfigError
-from ultrazoo.train.checkpoint import MANIFEST, read_config, read_state, verify_checkpoint
+from ultrazoo.train.checkpoint import (
+    CONFIG,
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    TOKENIZER,
+    read_config,
+    read_state,
+    read_tensors,
+    sha256,
+    verify_checkpoint,
+    verify_folder,
+)
 from ultrazoo.train.store import CheckpointStore
 
 SHAPELESS = {"dropout", "router_aux_loss_coef", "router_z_loss_coef", "initializer_range"}
 """Fields of the model section that may change between two parts of a run."""
 UNREMARKABLE = {"output_dir", "report_to", "log_every_n_steps"}
 """Training fields whose change needs no line."""
+EXACT = ("step", "progress", "window", "data", "rng", "scaler", "num_threads")
+RANDOM = ("python", "numpy", "torch")
+WEIGHTS = (MODEL, CONFIG, TOKENIZER)
 
 
 def find_checkpoint(resume: str | None, store: CheckpointStore, say: Callable[[str], None]) -> Path | None:
@@ -30,29 +46,21 @@ def find_checkpoint(resume: str | None, store: CheckpointStore, say: Callable[[s
         CheckpointError: The checkpoint is missing or damaged, or the folder has newer ones.
     """
     if resume is None:
-        present = store.complete()
-        if present:
-            raise ConfigError(
-                f"training.output_dir: {store.root.parent} already holds checkpoints (newest {present[-1].name}); "
-                "continue with --resume auto, or start anew with --output-dir"
-            )
+        _require_empty(store)
         return None
     if resume == "auto":
         newest = store.newest_whole(say)
         if newest is None:
             say(f"resume: no checkpoint in {store.root}; starting from the beginning")
+        else:
+            _require_exact(newest)
         return newest
-    path = Path(resume)
-    if not (path / MANIFEST).is_file():
-        inside = path if path.name == "checkpoints" else path / "checkpoints"
-        present = CheckpointStore(inside, 0, 0).complete()
-        if not present:
-            raise CheckpointError(
-                f"--resume {resume}: no checkpoint there; expected 'auto', a run folder, or a folder such as "
-                "runs/embbert/checkpoints/step-000500"
-            )
-        path = present[-1]
-    verify_checkpoint(path)
+    path = _named(resume)
+    try:
+        verify_checkpoint(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_weights_hint(path)}") from error
+    _require_exact(path)
     step = read_state(path)["step"]
     newer = [other.name for other in store.complete() if read_state(other)["step"] > step]
     if newer:
@@ -61,6 +69,91 @@ def find_checkpoint(resume: str | None, store: CheckpointStore, say: Callable[[s
             "continue with --resume auto, or give the new branch its own --output-dir"
         )
     return path
+
+
+def find_weights(resume: str | None, store: CheckpointStore) -> Path:
+    """Return the checkpoint whose weights alone a new run begins with; they are verified, the rest may be lost.
+
+    Args:
+        resume: Path of a checkpoint or of a run folder.
+        store: Checkpoints of the new run's folder, where none may be.
+
+    Raises:
+        ConfigError: No path is given, or the folder already has checkpoints.
+        CheckpointError: There is no checkpoint, or its weights, config or tokenizer are damaged.
+    """
+    if resume in (None, "auto"):
+        raise ConfigError(
+            "--weights-only: begins a new run, expected --resume PATH with the checkpoint that has the weights, and "
+            "--output-dir for the new run"
+        )
+    _require_empty(store)
+    path = _named(str(resume))
+    verify_folder(path, WEIGHTS, alone=True)
+    return path
+
+
+def check_weights(folder: Path, config: Config, *, tokenizer_sha256: str) -> None:
+    """Compare the model and tokenizer of a checkpoint with those of a run that begins with its weights.
+
+    Raises:
+        CheckpointError: Lists every difference.
+    """
+    problems, _ = _compare_models(folder, config)
+    if (saved := sha256(folder / TOKENIZER)) != tokenizer_sha256:
+        problems.append(f"tokenizer_sha256: checkpoint {saved!r}, this run {tokenizer_sha256!r}")
+    _refuse(folder, problems)
+
+
+def _require_empty(store: CheckpointStore) -> None:
+    if present := store.folders():
+        raise ConfigError(
+            f"training.output_dir: {store.root.parent} already holds checkpoints (newest {present[-1].name}); "
+            "continue with --resume auto, or start anew with --output-dir"
+        )
+
+
+def _named(resume: str) -> Path:
+    """The checkpoint that a path means: itself, or the newest of a run folder."""
+    path = Path(resume)
+    if (path / MANIFEST).is_file():
+        return path
+    inside = path if path.name == "checkpoints" else path / "checkpoints"
+    present = CheckpointStore(inside, 0, 0).complete()
+    if not present:
+        raise CheckpointError(
+            f"--resume {resume}: no checkpoint there; expected 'auto', a run folder, or a folder such as "
+            "runs/embbert/checkpoints/step-000500"
+        )
+    return present[-1]
+
+
+def _weights_hint(path: Path) -> str:
+    """What can still be done with a damaged checkpoint; empty when its weights are lost too."""
+    try:
+        verify_folder(path, WEIGHTS, alone=True)
+    except CheckpointError:
+        return ""
+    return "; its weights are whole: --weights-only begins a new run with them"
+
+
+def _require_exact(path: Path) -> None:
+    """Refuse to continue a run to the bit without all of its state.
+
+    Raises:
+        CheckpointError: Names what is missing.
+    """
+    state = read_state(path)
+    missing = [f"{STATE}: {name}" for name in EXACT if name not in state]
+    if "rng" in state:
+        missing += [f"{STATE}: rng.{name}" for name in RANDOM if name not in state["rng"]]
+    if state.get("step", 0) > 0 and not read_tensors(path / OPTIMIZER):
+        missing.append(f"{OPTIMIZER}: every tensor")
+    if missing:
+        raise CheckpointError(
+            f"{path}: lacks {', '.join(missing)}; without these the run would not go on as it was; use another "
+            "checkpoint, or begin a new run with the weights alone: --weights-only"
+        )
 
 
 def check_match(folder: Path, config: Config, *, tokenizer_sha256: str, data_fingerprint: str) -> list[str]:
@@ -73,25 +166,36 @@ def check_match(folder: Path, config: Config, *, tokenizer_sha256: str, data_fin
         CheckpointError: Lists every difference in architecture, vocabulary, tokenizer or data.
     """
     saved, state = read_config(folder), read_state(folder)
-    problems: list[str] = []
-    notes: list[str] = []
+    problems, notes = _compare_models(folder, config)
     now = config.to_dict()
-    for key, old, new in _differences(saved.get("model", {}), now["model"], _defaults(ModelConfig)):
-        line = f"model.{key}: checkpoint {old!r}, this run {new!r}"
-        (notes if key in SHAPELESS else problems).append(line)
     for key, old, new in _differences(saved.get("training", {}), now["training"], _defaults(TrainingConfig)):
         if key not in UNREMARKABLE:
             notes.append(f"training.{key}: checkpoint {old!r}, this run {new!r}")
     for key, new in (("tokenizer_sha256", tokenizer_sha256), ("data_fingerprint", data_fingerprint)):
         if state.get(key) != new:
             problems.append(f"{key}: checkpoint {state.get(key)!r}, this run {new!r}")
+    _refuse(folder, problems)
+    return notes
+
+
+def _compare_models(folder: Path, config: Config) -> tuple[list[str], list[str]]:
+    """Differences that the weights do not survive, and harmless ones."""
+    problems: list[str] = []
+    notes: list[str] = []
+    saved, now = read_config(folder).get("model", {}), config.to_dict()["model"]
+    for key, old, new in _differences(saved, now, _defaults(ModelConfig)):
+        line = f"model.{key}: checkpoint {old!r}, this run {new!r}"
+        (notes if key in SHAPELESS else problems).append(line)
+    return problems, notes
+
+
+def _refuse(folder: Path, problems: list[str]) -> None:
     if problems:
         lines = "\n".join(f"  {line}" for line in problems)
         raise CheckpointError(
             f"{folder}: made for another run:\n{lines}\n  train with the checkpoint's own config.yaml and data, "
             "or start anew with --output-dir"
         )
-    return notes
 
 
 def _defaults(section: type[ModelConfig] | type[TrainingConfig]) -> dict[str, Any]:

@@ -11,20 +11,30 @@ from rich.console import Console
 
 from ultrazoo.config import Config
 from ultrazoo.data import build_data
+from ultrazoo.data.batch import Share
 from ultrazoo.model import build_model
+from ultrazoo.train.agree import TeamGuard, TeamStore
+from ultrazoo.train.checkpoint import load_model
 from ultrazoo.train.display import PlainDisplay, final_table, make_display
 from ultrazoo.train.folder import RunFolder
 from ultrazoo.train.loop import Trainer
+from ultrazoo.train.memory import memory_told
 from ultrazoo.train.metrics import JsonLines, TensorBoard, keep_until, set_aside
-from ultrazoo.train.resume import check_match, find_checkpoint
+from ultrazoo.train.resume import check_match, check_weights, find_checkpoint, find_weights
 from ultrazoo.train.runtime import environment, prepared
 from ultrazoo.train.schedule import make_plan
-from ultrazoo.train.signals import SignalGuard
+from ultrazoo.train.signals import SignalGuard, nothing_to_save
 from ultrazoo.train.store import CheckpointStore
+from ultrazoo.train.team import joined
 
 
 def train(
-    config: Config, *, run_dir: Path, resume: str | None = None, console: Console | None = None
+    config: Config,
+    *,
+    run_dir: Path,
+    resume: str | None = None,
+    weights_only: bool = False,
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Train a model as the config says and return the figures of the final table.
 
@@ -33,6 +43,7 @@ def train(
         run_dir: Run folder; made if it is not there.
         resume: None starts anew, ``auto`` continues from the newest whole checkpoint of the run folder if there is
             one, a path continues from that checkpoint or run folder.
+        weights_only: Begin a new run with the weights of the checkpoint ``resume`` and nothing else of it.
         console: Where lines, the progress bar and the table go; unset: stderr.
 
     Raises:
@@ -40,18 +51,27 @@ def train(
         DataError: The data cannot be read.
         CheckpointError: A checkpoint cannot be read, belongs to another run, or cannot be written.
         NonFiniteError: The loss or a gradient is not finite.
+        OutOfMemoryError: Memory ran out.
         StoppedError: A signal ended the run; its checkpoint is written.
+        LostProcessError: Of the processes that torchrun started, one is gone or does not answer.
+        FollowerError: The first of them ended, and says why.
     """
-    console = console or Console(stderr=True)
-    say = PlainDisplay(console, None).say
-    training = config.training
-    with ExitStack() as stack:
-        folder = stack.enter_context(RunFolder(run_dir))
+    with memory_told(), ExitStack() as stack:
+        team, training = stack.enter_context(joined(config.training))
+        console = Console(quiet=True) if not team.leads else console or Console(stderr=True)
+        say = PlainDisplay(console, None).say
+        folder = RunFolder(run_dir)
+        team.leader_says(lambda: stack.enter_context(folder) and None)
+        stack.enter_context(nothing_to_save())
         device = stack.enter_context(prepared(training))
         store = CheckpointStore(folder.checkpoints, training.max_rolling_checkpoints, training.num_best_checkpoints)
-        start = find_checkpoint(resume, store, say)
-        store.tidy()
-        data = build_data(training, config.model.vocab_size, say)
+        start = None if weights_only else team.leader_says(lambda: find_checkpoint(resume, store, say))
+        weights = team.leader_says(lambda: find_weights(resume, store)) if weights_only else None
+        team.leader_says(store.tidy)
+        data = team.in_turn(lambda: build_data(training, config.model.vocab_size, say))
+        data.share = Share(team.rank, team.size)
+        if weights is not None:
+            check_weights(weights, config, tokenizer_sha256=data.tokenizer_sha256)
         if start is not None:
             hashes = {"tokenizer_sha256": data.tokenizer_sha256, "data_fingerprint": data.fingerprint}
             for note in check_match(start, config, **hashes):
@@ -61,22 +81,36 @@ def train(
         stack.callback(display.close)
         model = build_model(config.model)
         model.head.start_from(torch.from_numpy(data.unigram_counts))
-        trainer = Trainer(config, model.to(device), data, plan, store, display)
+        model.recompute_layers(training.gradient_checkpointing)
+        if weights is not None:
+            load_model(weights, model)
+            display.say(f"weights from {weights}; optimiser, random numbers, data and step begin anew")
+        shared = store if team.size == 1 else TeamStore(store, team)
+        trainer = Trainer(config, model.to(device), data, plan, shared, display, team)
         if start is not None:
             trainer.restore(start)
-            keep_until(start.parents[1] / "metrics.jsonl", folder.metrics, trainer.progress.step)
+            if team.leads:
+                keep_until(start.parents[1] / "metrics.jsonl", folder.metrics, trainer.progress.step)
             display.say(f"resume: continuing from {start}")
-        elif (aside := set_aside(folder.metrics)) is not None:
+        elif team.leads and (aside := set_aside(folder.metrics)) is not None:
             display.say(f"metrics of an earlier run that left no checkpoint are kept as {aside}")
         step = trainer.progress.step
         receipt = {**environment(device), "step": step, "resumed_from": str(start) if start else None}
-        folder.describe(config.to_yaml(), data.vocabulary.text, receipt)
-        trainer.reporters.append(JsonLines(folder.metrics))
-        if "tensorboard" in training.report_to:
-            trainer.reporters.append(TensorBoard(run_dir, step))
+        receipt["weights_from"] = str(weights) if weights else None
+        receipt["processes"], receipt["distributed"] = team.size, team.kind
+        if team.leads:
+            folder.describe(config.to_yaml(), data.vocabulary.text, receipt)
+            trainer.reporters.append(JsonLines(folder.metrics))
+            if "tensorboard" in training.report_to:
+                trainer.reporters.append(TensorBoard(run_dir, step))
         for reporter in trainer.reporters:
             stack.callback(reporter.close)
-        trainer.run(stack.enter_context(SignalGuard()))
-        result = trainer.result(run_dir)
+        stack.enter_context(memory_told(lambda: trainer.last_checkpoint))
+        try:
+            trainer.run(stack.enter_context(SignalGuard() if team.size == 1 else TeamGuard(team)))
+        finally:
+            if data.left_out:
+                display.say(f"data: skipped {data.left_out}")
+        result = {**trainer.result(run_dir), "data_skipped": data.stats["skipped"]}
     console.print(final_table(result))
     return result

@@ -98,20 +98,43 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+class RandomState:
+    """Every random number generator in the process that a step may draw from, as it stands; cheap to take.
+
+    Args:
+        device: The device that trains.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._python = random.getstate()
+        self._numpy = np.random.get_state(legacy=True)
+        self._torch = {"torch": torch.get_rng_state()}
+        if device.type == "cuda":
+            self._torch["cuda"] = torch.cuda.get_rng_state(device)
+        if device.type == "mps":
+            self._torch["mps"] = torch.mps.get_rng_state()
+
+    def restore(self) -> None:
+        """Set the generators back to this state."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        _set_torch(self._torch, self._device)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values that ``set_rng_state`` takes."""
+        version, words, gauss = self._python
+        name, keys, position, has_gauss, cached = self._numpy
+        state = {
+            "python": [version, list(words), gauss],
+            "numpy": [str(name), [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
+        }
+        return state | {name: _encode(tensor) for name, tensor in self._torch.items()}
+
+
 def rng_state(device: torch.device) -> dict[str, Any]:
     """JSON values of every random number generator in the process that a step may draw from."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    state = {
-        "python": [version, list(words), gauss],
-        "numpy": [str(name), [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
-        "torch": _encode(torch.get_rng_state()),
-    }
-    if device.type == "cuda":
-        state["cuda"] = _encode(torch.cuda.get_rng_state(device))
-    if device.type == "mps":
-        state["mps"] = _encode(torch.mps.get_rng_state())
-    return state
+    return RandomState(device).to_json()
 
 
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
@@ -120,11 +143,15 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(_decode(state["torch"]))
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(_decode(state["cuda"]), device)
-    if device.type == "mps" and "mps" in state:
-        torch.mps.set_rng_state(_decode(state["mps"]))
+    _set_torch({name: _decode(state[name]) for name in ("torch", "cuda", "mps") if name in state}, device)
+
+
+def _set_torch(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    if device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])
 
 
 def _encode(state: torch.Tensor) -> str:
@@ -133,6 +160,17 @@ def _encode(state: torch.Tensor) -> str:
 
 def _decode(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def note_on_threads(saved: int) -> str:
+    """What another number of threads means for a run that continues; empty if it is the same."""
+    threads = torch.get_num_threads()
+    if threads == saved:
+        return ""
+    return (
+        f"resume: {threads} threads, the checkpoint had {saved}: the run continues, but to the bit only with "
+        f"training.num_threads={saved}"
+    )
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from ultrazoo.config import TrainingConfig
 
@@ -48,9 +49,34 @@ class Progress:
     """Steps alone."""
     wait_seconds: float = 0.0
     """Part of the steps spent waiting for data."""
+    skipped_steps: int = 0
+    """Updates left out under ``on_nan: skip``."""
+    rollbacks: int = 0
+    """Returns to a checkpoint under ``on_nan: rollback``."""
     train_loss: float | None = None
     validated_step: int = -1
     validation: dict[str, float] = field(default_factory=dict)
+
+    def return_to(self, earlier: Progress) -> None:
+        """Take over the step and the losses of a checkpoint; the counts of work done go on."""
+        self.step, self.train_loss = earlier.step, earlier.train_loss
+        self.validated_step, self.validation = earlier.validated_step, earlier.validation
+        self.rollbacks += 1
+
+    def figures(self) -> dict[str, Any]:
+        """What the final table says of it."""
+        seconds = self.train_seconds
+        return {
+            "steps": self.step,
+            "tokens": self.tokens,
+            "seconds": self.elapsed_seconds,
+            "tokens_per_second": self.tokens / seconds if seconds else None,
+            "data_wait_share": self.wait_seconds / seconds if seconds else None,
+            "train_loss": self.train_loss,
+            "skipped_steps": self.skipped_steps,
+            "rollbacks": self.rollbacks,
+            **{f"validation_{key}": self.validation.get(key) for key in ("loss", "perplexity", "accuracy")},
+        }
 
     @property
     def validation_loss(self) -> float | None:

@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -21,6 +23,23 @@ class StoppedError(UltrazooError):
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
         self.exit_code = 128 + number
+
+
+@contextmanager
+def nothing_to_save() -> Iterator[None]:
+    """Answer SIGUSR1 with a line in the body, where its default would end the process: there is no step yet."""
+    if CHECKPOINT_SIGNAL is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def answer(number: int, frame: FrameType | None) -> None:
+        os.write(2, b"\nSIGUSR1: no step is taken yet; nothing to save\n")
+
+    before = signal.signal(CHECKPOINT_SIGNAL, answer)
+    try:
+        yield
+    finally:
+        signal.signal(CHECKPOINT_SIGNAL, before)
 
 
 class SignalGuard:
@@ -50,6 +69,10 @@ class SignalGuard:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+
+    def poll(self) -> bool:
+        """Return whether the run must stop; where many processes train, all get the same answer."""
+        return self.stop is not None
 
     def take_checkpoint_request(self) -> bool:
         """Return whether a checkpoint was asked for since the last call."""

@@ -11,6 +11,7 @@ from typing import Any
 from ultrazoo.errors import CheckpointError
 from ultrazoo.train.checkpoint import (
     MANIFEST,
+    FormatVersionError,
     Snapshot,
     flush,
     read_state,
@@ -42,12 +43,16 @@ class CheckpointStore:
         self.num_best = num_best
         self._losses: dict[Path, float | None] = {}
 
-    def complete(self) -> list[Path]:
-        """Checkpoints that have a manifest, oldest first, ordered by step and never by time."""
+    def folders(self) -> list[Path]:
+        """Folders with the name of a checkpoint, oldest first, ordered by step and never by time."""
         if not self.root.is_dir():
             return []
         found = [(int(match[1]), path) for path in self.root.iterdir() if (match := FOLDER.fullmatch(path.name))]
-        return [path for _, path in sorted(found) if (path / MANIFEST).is_file()]
+        return [path for _, path in sorted(found)]
+
+    def complete(self) -> list[Path]:
+        """Checkpoints that have a manifest, oldest first."""
+        return [path for path in self.folders() if (path / MANIFEST).is_file()]
 
     def best(self) -> list[Path]:
         """Checkpoints that were validated, lowest loss first; the earlier one where two are equal."""
@@ -114,12 +119,15 @@ class CheckpointStore:
         A damaged one is set aside under a new name, with a warning, and the one before it is tried.
 
         Raises:
+            FormatVersionError: The newest one that is whole was written by another version.
             CheckpointError: There are checkpoints and every one is damaged.
         """
         damaged: list[str] = []
-        for path in reversed(self.complete()):
+        for path in reversed(self.folders()):
             try:
                 verify_checkpoint(path)
+            except FormatVersionError:
+                raise
             except CheckpointError as error:
                 aside = _free_name(path.with_name(f"{path.name}.damaged"))
                 path.rename(aside)

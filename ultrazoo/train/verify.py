@@ -1,0 +1,274 @@
+"""Takes the last steps of a run again, from an earlier checkpoint, and compares what comes out bit for bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import ultrazoo
+from ultrazoo.config import Config, config_from_dict
+from ultrazoo.data import build_data
+from ultrazoo.errors import CheckpointError
+from ultrazoo.model import build_model
+from ultrazoo.train.checkpoint import (
+    MODEL,
+    OPTIMIZER,
+    Snapshot,
+    on_host,
+    read_config,
+    read_json,
+    read_state,
+    read_tensors,
+    verify_checkpoint,
+)
+from ultrazoo.train.display import PlainDisplay
+from ultrazoo.train.folder import RunFolder
+from ultrazoo.train.loop import Trainer
+from ultrazoo.train.metrics import JsonLines
+from ultrazoo.train.resume import UNREMARKABLE, check_match
+from ultrazoo.train.runtime import prepared
+from ultrazoo.train.schedule import make_plan
+from ultrazoo.train.signals import SignalGuard, StoppedError
+from ultrazoo.train.store import CheckpointStore
+
+TIMED = frozenset({"seconds", "tokens_per_second", "data_wait_share", "memory_bytes"})
+"""Entries of a record that no two runs share."""
+STATE = ("rng", "data", "window", "scaler", "watch")
+WITHOUT_PART = UNREMARKABLE | {
+    "checkpoint_every_n_steps",
+    "max_rolling_checkpoints",
+    "num_best_checkpoints",
+    "prefer_local_cache",
+    "dataloader_workers",
+    "num_workers",
+    "max_steps",
+}
+"""Training fields that no step depends on; of ``max_steps`` the learning rates tell."""
+
+
+Differences = list[tuple[int, str]]
+"""Steps, and what differs at each."""
+
+
+@dataclass(kw_only=True)
+class Verification:
+    """What was compared, how much of it differs, and the first difference in the order of the steps."""
+
+    start: str | None
+    checkpoints: list[str] = field(default_factory=list)
+    """Checkpoints that were compared, oldest first."""
+    steps: int = 0
+    compared: dict[str, int] = field(default_factory=dict)
+    differ: dict[str, int] = field(default_factory=dict)
+    first_difference: str | None = None
+    first_step: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        """One line."""
+        if self.first_difference is None:
+            return f"equal to the last bit over {self.steps} steps"
+        notes = f" ({'; '.join(self.notes)})" if self.notes else ""
+        return f"differs: {self.first_difference}{notes}"
+
+    def add(self, what: str, count: int, differences: Differences) -> None:
+        """Count a comparison; the difference of the earliest step is kept."""
+        self.compared[what] = self.compared.get(what, 0) + count
+        for step, text in differences:
+            self.differ[what] = self.differ.get(what, 0) + 1
+            if self.first_step is None or step < self.first_step:
+                self.first_step, self.first_difference = step, f"step {step}: {text}"
+
+
+class _Again(CheckpointStore):
+    """Compares with the checkpoints of a run instead of writing any."""
+
+    def __init__(self, root: Path, originals: dict[int, Path], found: Verification) -> None:
+        super().__init__(root, 0, 0)
+        self.originals, self.found = originals, found
+
+    def save(self, step: int, snapshot: Snapshot) -> Path:
+        folder = self.originals.get(step)
+        if folder is None:
+            return self.root
+        self.found.checkpoints.append(folder.name)
+        for what, file, tensors in (
+            ("weights", MODEL, snapshot.model),
+            ("optimiser tensors", OPTIMIZER, snapshot.optimizer),
+        ):
+            self.found.add(what, *_compare_tensors(step, file, read_tensors(folder / file), on_host(tensors)))
+        saved, now = read_state(folder), json.loads(json.dumps(snapshot.state))
+        names = [name for name in STATE if name in saved]
+        differences = [(step, f"{name} of state.json") for name in names if saved[name] != now[name]]
+        self.found.add("parts of the state", len(names), differences)
+        return folder
+
+
+class _Watch(SignalGuard):
+    """Asks for a checkpoint at the steps that have one, and for the end at the last of them."""
+
+    def __init__(self, store: _Again, progress: Callable[[], int]) -> None:
+        super().__init__()
+        self.store, self.progress = store, progress
+
+    def take_checkpoint_request(self) -> bool:
+        step = self.progress()
+        if step == max(self.store.originals):
+            self.stop = signal.SIGTERM
+        return step in self.store.originals
+
+
+def verify_run(
+    run_dir: Path, *, steps: int | None = None, say: Callable[[str], None] = lambda line: None
+) -> Verification:
+    """Take the steps up to a run's newest checkpoint again and compare; nothing in the run folder changes.
+
+    Args:
+        run_dir: The run folder; no trainer may be in it.
+        steps: Take at least so many again; None: those since the checkpoint before the newest.
+        say: Takes lines for the user.
+
+    Raises:
+        ConfigError: A trainer is in the folder, or the config cannot be used here.
+        CheckpointError: A checkpoint is damaged, or the steps between cannot be repeated, with the reason.
+        DataError: The data cannot be read.
+    """
+    if not run_dir.is_dir():
+        raise CheckpointError(f"{run_dir}: no such folder; expected a run folder such as runs/embbert")
+    with RunFolder(run_dir) as folder, ExitStack() as stack:
+        start, originals = _choose(CheckpointStore(folder.checkpoints, 0, 0), folder.path, steps)
+        last = originals[max(originals)]
+        config, state = config_from_dict(read_config(last), str(last)), read_state(last)
+        begun = 0 if start is None else read_state(start)["step"]
+        found = Verification(start=None if start is None else start.name, steps=state["step"] - begun)
+        found.notes = _notes(state)
+        _require_repeatable(config, start, last)
+        training = config.training.model_copy(update={"num_threads": state["num_threads"], "report_to": ()})
+        config = config.model_copy(update={"training": training})
+        device = stack.enter_context(prepared(training))
+        data = build_data(training, config.model.vocab_size, say)
+        hashes = {"tokenizer_sha256": data.tokenizer_sha256, "data_fingerprint": data.fingerprint}
+        check_match(last, config, **hashes)
+        plan = make_plan(training, data.rows_per_epoch)
+        model = build_model(config.model)
+        model.head.start_from(torch.from_numpy(data.unigram_counts))
+        model.recompute_layers(training.gradient_checkpointing)
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ultrazoo-verify-")))
+        store = _Again(scratch / "checkpoints", originals, found)
+        trainer = Trainer(config, model.to(device), data, plan, store, PlainDisplay(Console(file=StringIO()), None))
+        if start is not None:
+            trainer.restore(start)
+        say(f"taking steps {begun + 1:,} to {state['step']:,} again, from {start or 'the beginning'}")
+        with closing(JsonLines(scratch / "metrics.jsonl")) as reporter, suppress(StoppedError):
+            trainer.reporters.append(reporter)
+            trainer.run(_Watch(store, lambda: trainer.progress.step))
+        records = [_read_records(path, begun, state["step"]) for path in (folder.metrics, scratch / "metrics.jsonl")]
+        found.add("records", len(records[0]), _compare_records(*records))
+    return found
+
+
+def _choose(store: CheckpointStore, run_dir: Path, steps: int | None) -> tuple[Path | None, dict[int, Path]]:
+    """The checkpoint to begin at, None for the beginning of the run, and those to compare with, by step."""
+    present = store.complete()
+    if not present:
+        raise CheckpointError(f"{run_dir}: holds no checkpoint to verify")
+    for path in present:
+        verify_checkpoint(path)
+    numbered = {int(read_state(path)["step"]): path for path in present}
+    newest = max(numbered)
+    earlier = [step for step in numbered if step < newest and (steps is None or step <= newest - steps)]
+    if earlier:
+        return numbered[max(earlier)], {step: path for step, path in numbered.items() if step > max(earlier)}
+    starts = read_json(run_dir / "env.json")["starts"]
+    if starts[0]["step"] != 0 or starts[0].get("weights_from"):
+        raise CheckpointError(
+            f"{run_dir}: no checkpoint lies {steps or 1} or more steps before {numbered[newest].name}, and the run "
+            "began elsewhere; keep more of them (training.max_rolling_checkpoints), or lower --steps"
+        )
+    return None, numbered
+
+
+def _require_repeatable(config: Config, start: Path | None, last: Path) -> None:
+    processes = {read_state(path).get("processes", 1) for path in (start, last) if path is not None}
+    if processes != {1}:
+        raise CheckpointError(
+            f"{last}: taken by {max(processes)} processes, whose sums one process cannot repeat to the bit; compare "
+            "two runs under torchrun instead"
+        )
+    if config.training.max_minutes is not None:
+        raise CheckpointError(
+            f"{last}: training.max_minutes makes the learning rate follow the clock, which cannot be turned back; "
+            "only runs of max_steps or num_epochs can be verified"
+        )
+    if (processes := read_state(last).get("processes", 1)) != 1:
+        raise CheckpointError(
+            f"{last}: was made by {processes} processes, whose sums one process adds up in another order; only runs of "
+            "one process can be verified"
+        )
+    if start is None:
+        return
+    before, after = read_config(start), read_config(last)
+    changed = [
+        f"{section}.{name}"
+        for section in ("model", "training")
+        for name in sorted({*before[section], *after[section]})
+        if before[section].get(name) != after[section].get(name) and name not in WITHOUT_PART
+    ]
+    if changed:
+        raise CheckpointError(f"{last}: {', '.join(changed)} changed since {start.name}; verify a later stretch")
+    returns = [read_state(path)["progress"].get("rollbacks", 0) for path in (start, last)]
+    if returns[0] != returns[1]:
+        raise CheckpointError(f"{last}: the run rolled back since {start.name}; verify a later stretch")
+
+
+def _notes(state: dict[str, Any]) -> list[str]:
+    """Why a difference would be no surprise."""
+    pairs = (("ultrazoo", ultrazoo.__version__), ("torch", torch.__version__))
+    return [f"made with {name} {state[name]}, here {now}" for name, now in pairs if state[name] != now]
+
+
+def _compare_tensors(
+    step: int, file: str, saved: dict[str, torch.Tensor], now: dict[str, torch.Tensor]
+) -> tuple[int, Differences]:
+    """Compare tensors by their bytes, in the order of the model."""
+    differences = []
+    for name in [*(name for name in now if name in saved), *sorted(saved.keys() ^ now.keys())]:
+        if name not in saved or name not in now:
+            text = f"is only in the {'checkpoint' if name in saved else 'replay'}"
+        elif (saved[name].shape, saved[name].dtype) != (now[name].shape, now[name].dtype):
+            text = "has another shape or dtype"
+        elif not torch.equal(saved[name].reshape(-1).view(torch.uint8), now[name].reshape(-1).view(torch.uint8)):
+            text = f"differs by up to {(saved[name].double() - now[name].double()).abs().max().item():.3g}"
+        else:
+            continue
+        differences.append((step, f"{file}: {name} {text}"))
+    return len(saved), differences
+
+
+def _read_records(path: Path, begun: int, last: int) -> list[dict[str, Any]]:
+    """Records of the steps after ``begun`` and up to ``last``, without what no two runs share."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    records = [record for record in map(json.loads, lines) if begun < record["step"] <= last]
+    return [{name: value for name, value in record.items() if name not in TIMED} for record in records]
+
+
+def _compare_records(saved: list[dict[str, Any]], now: list[dict[str, Any]]) -> Differences:
+    """Records of the run that did not come again; a validation that a signal cut short may come in addition."""
+    differences: Differences = []
+    for record in (record for record in saved if record not in now):
+        alike = [other for other in now if (other["step"], other.keys()) == (record["step"], record.keys())]
+        changed = [name for name in record if alike and alike[0][name] != record[name]]
+        text = f"{changed[0]} was {record[changed[0]]}, is {alike[0][changed[0]]}" if changed else "a record is missing"
+        differences.append((record["step"], f"metrics.jsonl: {text}"))
+    return differences
