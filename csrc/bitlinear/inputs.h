@@ -10,14 +10,9 @@
 
 namespace uz {
 
-using Optional = std::optional<Tensor>;
 inline constexpr int64_t kMostColumns = 0x7fffffff / 256;  // codes of 0, 1, 2 times integers of up to 128
 
 inline int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
-
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes), type);
-}
 
 inline Tensor reshaped(const Tensor& x, const std::vector<int64_t>& sizes) {
   return torch::stable::reshape(x, torch::headeronly::IntHeaderOnlyArrayRef(sizes));

@@ -5,11 +5,6 @@
 
 namespace uz::cuda {
 
-template <class T, int N>
-struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Vector {
-  T at[N];
-};
-
 using Integers = Vector<int, 4>;    // 16 int8 of a token: four times four columns
 using Words = Vector<unsigned, 4>;  // the codes of four rows of a tile
 
@@ -45,8 +40,6 @@ __device__ __forceinline__ void store(T* p, const float (&x)[N], int64_t left) {
   for (int i = 0; i < N; ++i)
     if (i < left) p[i] = from_float<T>(x[i]);
 }
-
-inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // Rows of `width` elements that all begin at a multiple of 16 bytes.
 template <class T>

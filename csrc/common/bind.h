@@ -2,6 +2,9 @@
 // Never included by cpu.cpp or cuda.cu.
 #pragma once
 
+#include <optional>
+#include <vector>
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -14,6 +17,7 @@ namespace uz {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
 
 inline DType dtype_of(ScalarType type, const char* where) {
   switch (type) {
@@ -34,6 +38,10 @@ inline void check_same_shape(const Tensor& x, const Tensor& like, const char* wh
   bool same = x.dim() == like.dim();
   for (int64_t i = 0; same && i < x.dim(); ++i) same = x.size(i) == like.size(i);
   STD_TORCH_CHECK(same, where, ": the shapes of the tensors differ");
+}
+
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes), type);
 }
 
 inline Tensor empty_contiguous(const Tensor& like, ScalarType type) {

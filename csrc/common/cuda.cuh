@@ -29,6 +29,18 @@ __device__ __forceinline__ T from_float(float x) {
   }
 }
 
+// Elements that are read and written at once, by 16 bytes where there are as many.
+template <class T, int N>
+struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Vector {
+  T at[N];
+};
+
+// Whether all of them begin at a multiple of 16 bytes.
+template <class... P>
+bool aligned(const P*... p) {
+  return ((reinterpret_cast<uintptr_t>(p) % 16 == 0) && ...);
+}
+
 // f(T{}) with the element type of a dtype.
 template <class F>
 Error by_dtype(DType dtype, const F& f) {

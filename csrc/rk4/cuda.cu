@@ -13,18 +13,13 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kMostBlocks = 8192;  // beyond that a thread takes several vectors
 
-template <class T, int N>
-struct alignas(16) Pack {
-  T at[N];
-};
-
 // Elements of a vector: 16 bytes of the narrower type.
 template <class H, class K>
 constexpr int kVector = 16 / static_cast<int>(sizeof(H) < sizeof(K) ? sizeof(H) : sizeof(K));
 
 template <class T, int N>
-__device__ __forceinline__ Pack<T, N> load(const T* p, int64_t vector) {
-  return reinterpret_cast<const Pack<T, N>*>(p)[vector];
+__device__ __forceinline__ Vector<T, N> load(const T* p, int64_t vector) {
+  return reinterpret_cast<const Vector<T, N>*>(p)[vector];
 }
 
 __device__ __forceinline__ float combined(float h, float k1, float k2, float k3, float k4, float sixth) {
@@ -39,14 +34,14 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = first; i < vectors; i += step) {
-    const Pack<H, N> x = load<H, N>(h, i);
-    const Pack<K, N> a = load<K, N>(k1, i), b = load<K, N>(k2, i), c = load<K, N>(k3, i), d = load<K, N>(k4, i);
-    Pack<H, N> y;
+    const Vector<H, N> x = load<H, N>(h, i);
+    const Vector<K, N> a = load<K, N>(k1, i), b = load<K, N>(k2, i), c = load<K, N>(k3, i), d = load<K, N>(k4, i);
+    Vector<H, N> y;
 #pragma unroll
     for (int j = 0; j < N; ++j)
       y.at[j] = from_float<H>(combined(to_float(x.at[j]), to_float(a.at[j]), to_float(b.at[j]), to_float(c.at[j]),
                                        to_float(d.at[j]), sixth));
-    reinterpret_cast<Pack<H, N>*>(out)[i] = y;
+    reinterpret_cast<Vector<H, N>*>(out)[i] = y;
   }
 #pragma unroll 1
   for (int64_t i = vectors * N + first; i < elements; i += step)
@@ -61,21 +56,16 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = first; i < vectors; i += step) {
-    const Pack<H, N> x = load<H, N>(h, i);
-    const Pack<K, N> a = load<K, N>(k, i);
-    Pack<H, N> y;
+    const Vector<H, N> x = load<H, N>(h, i);
+    const Vector<K, N> a = load<K, N>(k, i);
+    Vector<H, N> y;
 #pragma unroll
     for (int j = 0; j < N; ++j) y.at[j] = from_float<H>(fmaf(c, to_float(a.at[j]), to_float(x.at[j])));
-    reinterpret_cast<Pack<H, N>*>(out)[i] = y;
+    reinterpret_cast<Vector<H, N>*>(out)[i] = y;
   }
 #pragma unroll 1
   for (int64_t i = vectors * N + first; i < elements; i += step)
     out[i] = from_float<H>(fmaf(c, to_float(k[i]), to_float(h[i])));
-}
-
-template <class... P>
-bool aligned(const P*... p) {
-  return ((reinterpret_cast<uintptr_t>(p) % 16 == 0) && ...);
 }
 
 dim3 blocks_for(int64_t items) {

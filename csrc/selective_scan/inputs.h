@@ -10,12 +10,6 @@
 
 namespace uz {
 
-using Optional = std::optional<Tensor>;
-
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes), type);
-}
-
 // The inputs, contiguous and alive, and the kernel's view of them.
 struct ScanInputs {
   Tensor u, delta, A, B, C;
