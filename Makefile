@@ -64,6 +64,7 @@ sanitize: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/sanitize.py
 
 test-cuda: cuda-matrix
+	$(BIN)/python bench/cuda_old.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/simt/check.py --order all
 	OMP_NUM_THREADS=1 $(BIN)/python tests/simt/check.py --mode address
 	OMP_NUM_THREADS=1 $(BIN)/python tests/simt/check.py --mode thread --dtype float32

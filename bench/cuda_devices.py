@@ -67,6 +67,11 @@ class Device:
         return PARTITIONS * self.multiprocessors * self.clock
 
     @property
+    def tf32_flops(self) -> float:
+        """tf32 products summed in fp32, dense: half of those of 16 bits."""
+        return self.tensor_flops / 2
+
+    @property
     def special_rate(self) -> float:
         """exp2, reciprocal, square root: 16 lanes a multiprocessor and clock."""
         return 16.0 * self.multiprocessors * self.clock

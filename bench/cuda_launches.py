@@ -88,12 +88,13 @@ def _all_launches(library: Path) -> Iterable[Launch]:
     from ultrazoo.ops import loader
     from ultrazoo.registry import registry
 
+    specs = registry().ops().values()  # defined before they get kernels
     torch.ops.load_library(str(library))
-    loader._loaded = loader.Loaded(path=library)
+    loader._loaded[loader.BUILT_IN] = loader.Loaded(path=library)
     recorder = ctypes.CDLL(str(library))
     recorder.recorder_take.restype = ctypes.c_char_p
     cpu = torch.device("cpu")
-    for spec in registry().ops().values():
+    for spec in specs:
         if not _is_here(spec.name):
             continue
         for dtype in DTYPES:
@@ -102,7 +103,7 @@ def _all_launches(library: Path) -> Iterable[Launch]:
             named += [(sample.name, sample) for sample in spec.bench_samples(cpu, kind) if dtype != "float16"]
             for name, sample in named:
                 for device in DEVICES:
-                    recorder.recorder_device(device.multiprocessors, device.shared_optin)
+                    recorder.recorder_device(device.multiprocessors, device.shared_optin, device.arch)
                     yield from _launches_of(recorder, device, spec, sample, name, dtype)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -32,10 +33,32 @@ BUDGET = HERE / "cuda_budget.json"
 ARCHS, QUICK = (75, 80, 86, 89, 90, 100, 120), (80, 90)
 OLD_ARCHS = (61, 70)
 """Checked too where the toolkit still knows them: one of CUDA 12."""
+FIRST_TENSOR_ARCH = 80
+"""From here on retention and bitlinear use tensor cores, and fill shared memory without registers between."""
 REGISTER_STEP = 8
 """Registers are handed out in eights, so a budget is a multiple of that."""
-NOTABLE = ("LDG.E.128", "STG.E.128", "LDS.128", "FFMA", "MUFU", "HMMA", "IMMA", "IDP", "BAR", "LDL", "STL")
+NOTABLE = (
+    "LDG.E.128",
+    "STG.E.128",
+    "LDGSTS.E.BYPASS.128",
+    "LDS.128",
+    "FFMA",
+    "MUFU",
+    "HMMA",
+    "IMMA",
+    "IDP",
+    "BAR",
+    "LDL",
+    "STL",
+)
 """Wide loads and stores, tensor cores, dot products, and local memory, of which there is to be none."""
+EXPECTED = {
+    r"retention/\w+<(bf16|fp16),": ("HMMA", "LDSM", "LDGSTS.E.BYPASS.128"),
+    r"bitlinear/many_tokens_kernel<": ("IMMA", "LDGSTS.E.BYPASS.128"),
+    r"(bitlinear/(quantize|absolute_sums|pack|codes|few_tokens|scale)|rk4/\w+)_kernel<": ("LDG.E.128",),
+    r"retention/\w+<float,": ("LDG.E.128",),
+}
+"""What a kernel for sm_80 or later has to have in its code, by ``op/kernel<...``: tensor cores and wide loads."""
 MOST_REGISTERS = 128
 """Budget of a kernel that has none recorded."""
 
@@ -107,6 +130,14 @@ def check(kernels: list[Kernel], launches: list[Launch], allowed: dict[str, int]
             problems.append(f"{what} spills: {kernel.spill_bytes} bytes of stores and loads")
         elif kernel.stack or local:
             problems.append(f"{what} keeps {kernel.stack} bytes in local memory; {local} instructions go there")
+        if kernel.arch >= FIRST_TENSOR_ARCH and kernel.instructions:
+            wanted = {
+                name
+                for form, names in EXPECTED.items()
+                if re.match(form, f"{kernel.op}/{kernel.name}")
+                for name in names
+            }
+            problems += [f"{what} has no {name} in its code" for name in sorted(wanted) if not _count(kernel, (name,))]
         most = allowed.get(f"{kernel.op}/{kernel.base}", MOST_REGISTERS)
         if kernel.registers > most:
             problems.append(f"{what} uses {kernel.registers} registers, its budget is {most}; see --record")

@@ -1,11 +1,11 @@
 """Modelled times of the CUDA kernels at realistic sizes, beside the floors of memory and arithmetic. Not measured.
 
 A launch takes the longest of: its bytes at the memory's bandwidth; its instructions at the rates of the arithmetic
-units (fp32, exp2, int8 dot products); and all its warp instructions at four a clock and multiprocessor. The last are
-its main instructions (cuda_work.py) times how many of any kind there are to one of these in the loop that has most of
-them, read from the machine code. Instructions are spread over the multiprocessors by whole blocks: the busiest one
-counts. Launches follow one another; their own few microseconds, latency, bank conflicts and clocks below the boost
-clock are left out, so expect a GPU to take longer.
+units (fp32, exp2, int8 dot products, tensor cores); and all its warp instructions at four a clock and multiprocessor.
+The last are its main instructions (cuda_work.py) times how many of any kind there are to one of these in the loop that
+has most of them, read from the machine code. Instructions are spread over the multiprocessors by whole blocks: the
+busiest one counts. Launches follow one another; their own few microseconds, latency, bank conflicts and clocks below
+the boost clock are left out, so expect a GPU to take longer.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ LANES_OF_DOT = 8
 """Operations of an IDP.4A in a lane."""
 OF_IMMA = 8192
 """Operations of an IMMA.16832 in a warp."""
+OF_HMMA = {"half": 2048, "tf32": 1024}
+"""Multiplications with an addition of an HMMA.16816 and an HMMA.1688 in a warp."""
 LENGTHS = (256, 1024, 4096)
 BACKWARD_WORK = 3.0
 """Floor of a forward and a backward in forwards, as in ``ultrazoo bench``."""
@@ -52,10 +54,12 @@ def time_of(work: Work, launch: Launch, kernel: Kernel | None, device: Device) -
     by_tensor = bool(kernel and any(name.startswith("IMMA") for name in kernel.instructions))
     dot_each = _share(loops, ("IMMA",) if by_tensor else ("IDP",))
     dots = work.int8 / OF_IMMA if by_tensor else work.int8 / LANES_OF_DOT / WARP
-    issued = work.fp / WARP * fp_each + dots * dot_each
+    products = work.half / OF_HMMA["half"] + work.tf32 / OF_HMMA["tf32"]
+    issued = work.fp / WARP * fp_each + dots * dot_each + products * _share(loops, ("HMMA",))
     busiest = -(-launch.blocks // device.multiprocessors) * device.multiprocessors / launch.blocks
     arithmetic = {
         "fp32": work.fp / (device.flops / 2),
+        "tensor cores": work.half / (device.tensor_flops / 2) + work.tf32 / (device.tf32_flops / 2),
         "exp2": work.special / device.special_rate,
         "int8": work.int8 / (device.tensor_int8 if by_tensor else device.dot_rate),
         "instructions": issued / device.issue_rate,

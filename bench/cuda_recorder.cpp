@@ -17,7 +17,7 @@ std::map<const void*, std::string>& kernels() {
 }
 
 std::string launches, told, wrong;
-int multiprocessors = 1, largest_shared = 48 * 1024;
+int multiprocessors = 1, largest_shared = 48 * 1024, capability = 80;
 std::map<const void*, int> allowed;
 
 bool bad(const char* what) {
@@ -29,9 +29,9 @@ bool bad(const char* what) {
 
 #define API extern "C" __attribute__((visibility("default")))
 
-// A device that launchers may ask about; bytes of shared memory that a block may ask for.
-API void recorder_device(int count, int shared) {
-  multiprocessors = count, largest_shared = shared;
+// A device that launchers may ask about: bytes of shared memory that a block may ask for, 86 for capability 8.6.
+API void recorder_device(int count, int shared, int arch) {
+  multiprocessors = count, largest_shared = shared, capability = arch;
   allowed.clear();
 }
 
@@ -70,6 +70,9 @@ API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = largest_shared;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = capability / 10;
       return cudaSuccess;
     default:
       return bad("this attribute is not recorded") ? cudaErrorNotSupported : cudaSuccess;

@@ -2,7 +2,8 @@
 
 Bytes are those of the device's memory: what blocks of one launch read of each other's data comes from its cache.
 ``fp`` counts additions, multiplications and fused ones of fp32 in a lane, without addresses, conversions and exchange
-between lanes, which the model takes from the machine code.
+between lanes, which the model takes from the machine code. ``half`` and ``tf32`` count the same on tensor cores, as the
+devices of the model have them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ class Work:
 
     bytes: float
     fp: float = 0.0
+    half: float = 0.0
+    """Multiplications with an addition in mma.m16n8k16 of bf16 or fp16."""
+    tf32: float = 0.0
+    """In mma.m16n8k8."""
     special: float = 0.0
     """exp2 in a lane."""
     int8: float = 0.0
@@ -47,6 +52,11 @@ def sizes_of(sample: str) -> dict[str, int]:
     return found
 
 
+def whole(count: int, step: int) -> int:
+    """Return the least multiple of a step that holds a count."""
+    return -(-count // step) * step
+
+
 def rk4(call: Call) -> Iterator[Work]:
     """Every array once."""
     numbers = call.sizes["M"] * call.sizes["K"]
@@ -56,7 +66,11 @@ def rk4(call: Call) -> Iterator[Work]:
 
 
 def retention(call: Call) -> Iterator[Work]:
-    """Forward: states of (k, v), output. Gradients: states of (v, grad), dq; states of (q, grad), dv, dk."""
+    """Forward: states of (k, v), output. Gradients: states of (v, grad), dq; states of (q, grad), dv, dk.
+
+    Tensor cores take pieces: 16 columns of a key for scores and for what comes of a state, 8 columns of a value (32 of
+    v), and 32 x 32 of a state.
+    """
     B, L, H, K, V = (call.sizes[letter] for letter in "BLHKV")
     tokens, directions = B * H * L, 1 if call.causal else 2
     states = 4 * directions * B * H * (-(-L // CHUNK) - 1) * K * V
@@ -64,13 +78,21 @@ def retention(call: Call) -> Iterator[Work]:
     for kernel in call.kernels:
         if kernel.startswith("retention_states"):  # one that sums up spans first does so for all spans but the last
             written = 0 if "true" in kernel else states
-            yield Work(bytes=tokens * (K + V) * call.element + written, fp=directions * tokens * K * V)
+            moved = tokens * (K + V) * call.element + written
+            if call.element == 2:
+                yield Work(bytes=moved, tf32=directions * tokens * whole(K, 32) * whole(V, 32))
+            else:
+                yield Work(bytes=moved, fp=directions * tokens * K * V)
         else:
             key, value = next(outputs)
-            passes = -(-value // 64) * 64  # columns are taken 64 at a time
-            pairs = tokens * CHUNK * (key + passes)
             moved = tokens * (2 * key + 2 * value) * call.element + states
-            yield Work(bytes=moved, fp=pairs + directions * tokens * key * passes)
+            if call.element == 2:
+                of_states = directions * tokens * whole(key, 16) * whole(value, 8)
+                pairs = tokens * CHUNK * whole(value, 32)
+                yield Work(bytes=moved, half=tokens * CHUNK * whole(key, 16), tf32=pairs + of_states)
+            else:
+                passes = whole(value, 64)  # columns are taken 64 at a time
+                yield Work(bytes=moved, fp=tokens * CHUNK * (key + passes) + directions * tokens * key * passes)
 
 
 def selective_scan(call: Call) -> Iterator[Work]:

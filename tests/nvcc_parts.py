@@ -18,7 +18,8 @@ case "$*" in
   *--dryrun*) echo '#$ LIBRARIES=  "-L{home}"' >&2 ;;
   *) [ -n "$NVCC_CCBIN" ] || [ ! -e {home}/fails ] || {{ cat {home}/fails >&2; exit 2; }}
      for last; do :; done
-     exec c++ -x c++ -std=c++20 -fPIC -I. -c "$(echo "$*" | sed 's/.* -c \([^ ]*\).*/\1/')" -o "$last" ;;
+     roots=$(echo "$*" | grep -o -e "-I[^ ]*") source=$(echo "$*" | sed 's/.* -c \([^ ]*\).*/\1/')
+     exec c++ -x c++ -std=c++20 -fPIC $roots -c "$source" -o "$last" ;;
 esac
 """
 

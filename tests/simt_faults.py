@@ -9,7 +9,61 @@ def _fault(file: str, name: str, old: str, new: str) -> Fault:
     return Fault(name, file.split("/")[0], file, old, new)
 
 
+MMA_FAULTS = [
+    _fault(
+        "retention/mma_output.cuh",
+        "wrong rows of a piece of q",
+        "load_pieces<false>(rows, q + i, 8 * kRow, 8);",
+        "load_pieces<false>(rows, q + i, (fault ? 4 : 8) * kRow, 8);",
+    ),
+    _fault(
+        "retention/mma_output.cuh",
+        "rows and numbers of scores exchanged",
+        "{of(0), of(2), of(1), of(3)}",
+        "{of(0), of(fault ? 1 : 2), of(fault ? 2 : 1), of(3)}",
+    ),
+    _fault(
+        "retention/mma_output.cuh",
+        "second number of a state's pair",
+        "from[8 * j + kFloatRow]",
+        "from[8 * j + (fault ? 0 : kFloatRow)]",
+    ),
+    _fault(
+        "retention/mma_output.cuh",
+        "missing barrier before a state is written over",
+        "__syncthreads();  // the state has been used",
+        "if (!fault) __syncthreads();  //",
+    ),
+    _fault(
+        "retention/mma_output.cuh",
+        "columns of q are taken for others",
+        "if (held != i) copy_rows",
+        "if (fault ? held < 0 : held != i) copy_rows",
+    ),
+    _fault(
+        "retention/mma_states.cuh",
+        "upper number of a word is dropped",
+        "to_tf32(weights[1] * one.y)",
+        "to_tf32(fault ? 0.0f : weights[1] * one.y)",
+    ),
+    _fault("retention/mma_states.cuh", "one half for all tokens", "next += other,", "next += fault ? 0 : other,"),
+    _fault(
+        "retention/states.cuh",
+        "missing barrier before the tokens are read",
+        "__syncthreads();  // these tokens are there",
+        "if (!fault) __syncthreads();  //",
+    ),
+    _fault(
+        "retention/mma.cuh",
+        "rows of another document are not zero",
+        "row + i >= first && row + i < last",
+        "row + i >= (fault ? 0 : first) && row + i < last",
+    ),
+]
+"""In the path of the tensor cores, which a build with UZ_SIMT_MMA runs for inputs of 16 bits."""
+
 FAULTS = [
+    *MMA_FAULTS,
     _fault("rk4/cuda.cu", "last element is left out", "i < elements;", "i < elements - fault;"),
     _fault("rk4/cuda.cu", "tail goes one element too far", "i < elements;", "i < elements + fault;"),
     _fault("rk4/cuda.cu", "vectors without alignment", "wide = aligned(a.h, a.k1", "wide = fault || aligned(a.h, a.k1"),
@@ -109,14 +163,14 @@ FAULTS = [
     _fault(
         "retention/states.cuh",
         "missing barrier before the slabs are read",
-        "slab_y.put(right);\n      __syncthreads();",
-        "slab_y.put(right);\n      if (!fault) __syncthreads();",
+        "slab_y.put(right);\n        __syncthreads();",
+        "slab_y.put(right);\n        if (!fault) __syncthreads();",
     ),
     _fault(
         "retention/states.cuh",
         "missing barrier before the slabs are written again",
-        "__syncthreads();\n      slab_x.put(left);",
-        "if (!fault) __syncthreads();\n      slab_x.put(left);",
+        "__syncthreads();\n        slab_x.put(left);",
+        "if (!fault) __syncthreads();\n        slab_x.put(left);",
     ),
     _fault(
         "retention/states.cuh",
@@ -133,8 +187,8 @@ FAULTS = [
     _fault(
         "retention/states.cuh",
         "two pieces of shared memory overlap",
-        "right = shared.take<float>(kDepth * kLong<1>)",
-        "right = fault ? left : shared.take<float>(kDepth * kLong<1>)",
+        "right = shared.take<float>(By::kShared / sizeof(float))",
+        "right = fault ? left : shared.take<float>(By::kShared / sizeof(float))",
     ),
     _fault(
         "retention/states.cuh",

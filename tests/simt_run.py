@@ -63,7 +63,7 @@ class Emulated:
     def replace_real_kernels(self) -> None:
         """Keep this process from building and loading csrc's kernels for the CPU, which it has no use for."""
         self._library.ultrazoo_cpu_isa.restype = ctypes.c_char_p
-        loader._loaded = loader.Loaded(path=self.path, handle=self._library)
+        loader._loaded[loader.BUILT_IN] = loader.Loaded(path=self.path, handle=self._library)
 
     def set_fault(self, number: int) -> None:
         """Turn on a fault of a build with faults (planting.py), or all of them off with 0."""

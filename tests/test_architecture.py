@@ -17,9 +17,9 @@ MODULES = {
 }
 LAYERS = [
     ["ultrazoo.errors"],
-    ["ultrazoo.spec", "ultrazoo.presets"],
+    ["ultrazoo.spec", "ultrazoo.presets", "ultrazoo.verdicts"],
     ["ultrazoo.ops"],
-    ["ultrazoo.hookspecs", "ultrazoo.plugins", "ultrazoo.registry", "ultrazoo"],
+    ["ultrazoo.hookspecs", "ultrazoo.offers", "ultrazoo.plugins", "ultrazoo.registry", "ultrazoo"],
     ["ultrazoo.nn"],
     ["ultrazoo.blocks"],
     ["ultrazoo.core"],
@@ -28,7 +28,7 @@ LAYERS = [
     ["ultrazoo.data"],
     ["ultrazoo.train"],
     ["ultrazoo.inference", "ultrazoo.plot", "ultrazoo.export", "ultrazoo.eval"],
-    ["ultrazoo.testing", "ultrazoo.bench"],
+    ["ultrazoo.testing", "ultrazoo.bench", "ultrazoo.scaffold"],
     ["ultrazoo.cli", "ultrazoo.__main__"],
 ]
 TOOLS = ("ultrazoo.testing", "ultrazoo.bench")

@@ -26,7 +26,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 @pytest.fixture(autouse=True)
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is built for these tests."""
-    monkeypatch.setattr(loader, "load", lambda: loader.Loaded(reason="not needed here", fix="none"))
+    monkeypatch.setattr(loader, "load", lambda *_: loader.Loaded(reason="not needed here", fix="none"))
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def test_a_plugins_op_that_differs_from_its_reference_is_not_timed(still: StillB
 
 
 def test_a_wrong_compiled_kernel_is_not_timed(still: StillBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "load", lambda: loader.Loaded(reason="not needed here"))
+    monkeypatch.setattr(loader, "load", lambda *_: loader.Loaded(reason="not needed here"))
     op = library.define("test_bench_double(Tensor x) -> Tensor", lambda x: 2 * x, fake=torch.empty_like)
     spec = replace(spec_of(lambda x: op(x), "ultrazoo::test_bench_double"), reference=op.reference)
     bench_op(still.bench, replace(spec, baselines={}))
@@ -128,7 +128,7 @@ def test_torch_compile_is_of_the_mathematics_behind_every_op_and_must_agree(
 
 def test_a_block_has_a_way_for_each_kernel_policy_that_makes_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     ops = [registry().op(name) for name in ("ultrazoo::rk4_combine", "ultrazoo::rk4_stage")]
-    monkeypatch.setattr(loader, "load", lambda: loader.Loaded(reason="none"))
+    monkeypatch.setattr(loader, "load", lambda *_: loader.Loaded(reason="none"))
     has = {"rk4_combine": False, "rk4_stage": False}
     monkeypatch.setattr(library.Op, "has_kernel", lambda op, device: has[op.name])
     assert list(block_ways(ops, CPU)) == ["reference"]

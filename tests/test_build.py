@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ultrazoo.ops import build
+from ultrazoo.ops import build, compiling
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,7 +47,7 @@ def use(patch: pytest.MonkeyPatch, home: Path) -> None:
     """Make build.py see the csrc and the cache of ``home`` alone."""
     patch.setattr(build, "find_sources", lambda: home / "csrc")
     patch.setattr(build, "AT_INSTALL", home / "missing.so")
-    patch.setattr(build, "CXX_FLAGS", (*build.CXX_FLAGS, "-O0"))
+    patch.setattr(compiling, "CXX_FLAGS", (*build.CXX_FLAGS, "-O0"))
     patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
     patch.setenv("ULTRAZOO_CUDA", "0")
 
@@ -113,7 +113,7 @@ def test_a_change_in_the_sources_or_flags_is_another_build(home: Path, monkeypat
     keys = [before.parent.name, build.build_key(sources)]
     (sources / "rk4/cuda.cu").open("a").write("// changed\n")
     keys.append(build.build_key(sources))
-    monkeypatch.setattr(build, "TORCH_ABI", "0x020e000000000000")
+    monkeypatch.setattr(compiling, "TORCH_ABI", "0x020e000000000000")
     assert len({*keys, build.build_key(sources)}) == 4
 
 
@@ -145,10 +145,10 @@ def test_processes_that_start_together_build_once(built: Path, tmp_path: Path) -
 import logging, pathlib, sys
 logging.basicConfig(level=logging.INFO, stream=sys.stdout)
 sys.path.insert(0, {str(ROOT)!r})
-from ultrazoo.ops import build as b
+from ultrazoo.ops import build as b, compiling
 b.find_sources = lambda: pathlib.Path({str(built / "csrc")!r})
 b.AT_INSTALL = pathlib.Path("missing.so")
-b.CXX_FLAGS = (*b.CXX_FLAGS, "-O0")
+compiling.CXX_FLAGS = (*compiling.CXX_FLAGS, "-O0")
 print(b.library())
 """
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
@@ -206,7 +206,9 @@ def test_the_library_built_at_install_is_taken_while_it_fits(home: Path, monkeyp
     assert build.library().parent.name == "0" * 16
     monkeypatch.setattr(build, "find_sources", lambda: None)
     assert build.library() == installed
-    with pytest.raises(build.BuildError, match=r"has no csrc, .* does not load: gone; reinstall"):
+    with pytest.raises(
+        build.BuildError, match=r"no kernel sources of ultrazoo here, and .* does not load: gone; reinstall ultrazoo"
+    ):
         build.library(broken=installed, error="gone")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from nvcc_parts import fake_nvcc, use_fake_toolkit
 
-from ultrazoo.ops import build, nvcc, toolkit
+from ultrazoo.ops import build, compiling, nvcc, toolkit
 
 ROOT = Path(__file__).resolve().parents[1]
 try:
@@ -30,7 +30,7 @@ import sys, torch
 from pathlib import Path
 from ultrazoo.ops import loader, rk4_stage
 from torch._subclasses.fake_tensor import FakeTensorMode
-loader._loaded = None
+loader._loaded.clear()
 loader.build.library = lambda **_: Path(sys.argv[1])
 assert loader.load().path, loader.load()
 for device in ("CPU", "CUDA"):
@@ -63,7 +63,7 @@ def sources(tmp_path: Path, toolkit_home: Path, objects: Path, monkeypatch: pyte
     (copy / "rk4/cuda.cu").write_text(LAUNCHERS)
     monkeypatch.setattr(build, "find_sources", lambda: copy)
     monkeypatch.setattr(build, "AT_INSTALL", tmp_path / "missing.so")
-    monkeypatch.setattr(build, "CXX_FLAGS", (*build.CXX_FLAGS, "-O0"))
+    monkeypatch.setattr(compiling, "CXX_FLAGS", (*build.CXX_FLAGS, "-O0"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     cache = build.cache_folder()
     cache.mkdir(parents=True)
@@ -143,6 +143,28 @@ def test_a_torch_for_cpus_never_calls_nvcc(sources: Path, toolkit_home: Path, mo
     assert why is not None and why.reason == "this torch is not a CUDA build"
 
 
+def test_a_plugin_has_cuda_kernels_of_its_own(
+    sources: Path, toolkit_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.move(sources / "rk4", tmp_path / "plugin/csrc/rk4")
+    plugin = build.of_plugin("mine", tmp_path / "plugin/csrc")
+    assert plugin.sources is not None
+    for name in ("bind.cpp", "bind_cuda.cpp"):
+        file = plugin.sources / "rk4" / name
+        file.write_text(file.read_text().replace("IMPL(ultrazoo", "IMPL(mine"))
+    library = build.library(of=plugin)
+    assert library.parents[1].name == "kernels-mine" and build.made_from(library).archs
+    assert build.without_cuda(library, plugin.sources) is None and build.library(of=plugin) == library
+    calls = (toolkit_home / "calls").read_text().count(" -c ")
+    (plugin.sources / "rk4/cuda.cu").unlink()  # a plugin without: nothing is asked of nvcc
+    bare = build.library(of=plugin)
+    why = build.without_cuda(bare, plugin.sources)
+    assert why is not None and why.reason == f"{plugin.sources} has no CUDA kernels"
+    assert not build.made_from(bare).archs and (toolkit_home / "calls").read_text().count(" -c ") == calls
+    installed = Path(shutil.copy(bare, plugin.at_install))
+    assert build.library(of=plugin) == installed == tmp_path / "plugin/_C.so"
+
+
 def test_nvcc_compiles_kernels_that_load_without_a_gpu(
     tmp_path: Path, objects: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +178,7 @@ def test_nvcc_compiles_kernels_that_load_without_a_gpu(
     assert original is not None
     for folder in ("common", "rk4"):
         shutil.copytree(original / folder, copy / folder)
-    monkeypatch.setattr(build, "CXX_FLAGS", (*build.CXX_FLAGS, "-O0"))
+    monkeypatch.setattr(compiling, "CXX_FLAGS", (*build.CXX_FLAGS, "-O0"))
     build.compile_library(copy, objects, tmp_path / "library.so", cuda=cuda)
     subprocess.run([sys.executable, "-c", LOADED, str(tmp_path / "library.so")], cwd=ROOT, check=True)
     nm = shutil.which("nm")

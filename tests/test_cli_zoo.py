@@ -84,7 +84,7 @@ def test_schema_knows_the_blocks_and_goes_to_a_file(capsys: Capture, tmp_path: P
     assert call("schema", "--output", tmp_path / "schema.json") == 0
     assert (tmp_path / "schema.json").read_text() == printed
     fields = json.loads(printed)["definitions"]["ModelConfig"]["properties"]
-    assert fields["layer_pattern"]["items"]["enum"] == sorted(registry().mixers())
+    assert fields["layer_pattern"]["items"]["anyOf"][0]["enum"] == sorted(registry().mixers())
     assert call("schema", "--output", tmp_path / "missing" / "schema.json") == 1
     assert "missing/schema.json" in capsys.readouterr().err
 

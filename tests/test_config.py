@@ -172,7 +172,8 @@ def test_block_options_reach_the_block():
 def test_schema_lists_blocks_options_and_fields():
     schema = json_schema()
     model = schema["definitions"]["ModelConfig"]["properties"]
-    assert set(model["layer_pattern"]["items"]["enum"]) == set(registry().mixers())
+    names, *uses = model["layer_pattern"]["items"]["anyOf"]
+    assert set(names["enum"]) == {use["properties"]["block"]["const"] for use in uses} == set(registry().mixers())
     assert set(model["norm_type"]["enum"]) == set(registry().blocks("norm"))
     assert "d_state" in model["block_options"]["properties"]["mamba"]["properties"]
     assert "hidden_size" not in model["block_options"]["properties"]["mamba"]["properties"]

@@ -23,14 +23,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 MACROS = ("UZ_SIMT_MMA",)
 
 
-def runs() -> list[tuple[str, str, str, int]]:
+def runs() -> list[tuple[str, str, str, int, str]]:
     """List the ops by the order of the threads, and once more those with a path that a macro chooses."""
-    sources, found = build.find_sources(), list[tuple[str, str, str, int]]()
+    sources, found = build.find_sources(), list[tuple[str, str, str, int, str]]()
     for folder in simt_build.folders():
         assert sources is not None
         text = "".join(path.read_text() for path in (sources / folder).glob("*.cu*"))
-        found += [(folder, "", "descending", 61), (folder, "", "random", 90)]
-        found += [(folder, macro, "random", 90) for macro in MACROS if macro in text]
+        found += [(folder, "", "descending", 61, "float32"), (folder, "", "random", 90, "float32")]
+        macros = [macro for macro in MACROS if macro in text]
+        found += [(folder, macro, "random", 90, dtype) for macro in macros for dtype in DTYPES[1:]]
     return found
 
 
@@ -67,11 +68,30 @@ def test_registration(folder: str) -> None:
             assert outcome.ok, outcome.detail
 
 
-@pytest.mark.parametrize(("folder", "define", "order", "capability"), runs())
-def test_other_orders_of_the_threads(folder: str, define: str, order: str, capability: int) -> None:
-    kernels = emulated(folder, define)
+@pytest.mark.parametrize(("folder", "define", "order", "capability", "dtype"), runs())
+def test_other_orders_of_the_threads(folder: str, define: str, order: str, capability: int, dtype: str) -> None:
+    kernels, kind = emulated(folder, define), getattr(torch, dtype)
     kernels.configure(order, capability=capability)
     for number, spec in enumerate(kernels.specs):
-        row = simt_run.each_sample(spec, torch.float32, order, cases(folder, number, torch.float32, more=True))
+        row = simt_run.each_sample(spec, kind, order, cases(folder, number, kind, more=True))
         assert row.checks > 0
         assert not row.failures, row
+
+
+def test_retention_by_tensor_cores() -> None:
+    """It is another path than the plain one, and keeps documents apart, whatever is in them."""
+    plain, mma = (emulated("retention", define) for define in ("", *MACROS))
+    x = torch.randn(1, 80, 1, 8, generator=torch.Generator().manual_seed(0)).half()
+    segments, log_decay = torch.tensor([[1] * 30 + [2] * 50]), torch.tensor([-0.1])
+    spoilt = x.clone()
+    spoilt[:, :30] = torch.tensor([torch.nan, torch.inf]).repeat(15)[:, None, None]
+    outputs = []
+    with kernel_policy("compiled"):
+        for kernels in (plain, mma):
+            kernels.configure("ascending")
+            op = kernels.specs[0].op
+            clean, other = (op(each, each, each, log_decay, segments=segments) for each in (x, spoilt))
+            assert torch.equal(clean[:, 30:], other[:, 30:])
+            outputs.append(clean)
+    assert not torch.equal(*outputs)
+    torch.testing.assert_close(*outputs, rtol=1e-2, atol=1e-2)

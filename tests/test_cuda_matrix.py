@@ -161,11 +161,31 @@ def test_the_gate() -> None:
     for bad, words in (
         (kernel(spill_bytes=8, stack=8), "stage_kernel<float> for sm_80 spills: 8 bytes"),
         (kernel(stack=16), "keeps 16 bytes in local memory"),
-        (kernel(instructions=Counter({"STL.64": 2})), "2 instructions go there"),
+        (kernel(instructions=Counter({"STL.64": 2, "LDG.E.128": 1})), "2 instructions go there"),
+        (kernel(instructions=Counter({"LDG.E": 4})), "stage_kernel<float> for sm_80 has no LDG.E.128 in its code"),
         (kernel(registers=41), "uses 41 registers, its budget is 40"),
     ):
         (problem,) = matrix.check([bad], [], {"rk4/stage_kernel": 40})
         assert words in problem
+
+
+def test_tensor_cores_have_to_be_in_the_code() -> None:
+    fields = {"op": "retention", "name": "retention_states<bf16, false>", "registers": 128}
+    plain, loads = Counter({"FFMA": 64}), {"LDSM.16.MT88.4": 2, "LDGSTS.E.BYPASS.128": 4}
+    assert matrix.check([kernel(**fields, arch=75, instructions=plain)], [], {}) == []
+    assert matrix.check([kernel(**fields, instructions=Counter({"HMMA.1688.F32.TF32": 8, **loads}))], [], {}) == []
+    (problem,) = matrix.check([kernel(**fields, instructions=Counter(loads))], [], {})
+    assert "retention_states<bf16, false> for sm_80 has no HMMA" in problem
+
+
+def test_tensor_cores_are_modelled_beside_their_instructions() -> None:
+    device, tiles = devices.DEVICES[0], launch(grid=(1080, 1, 1))
+    products = work.Work(bytes=0, half=1e9, tf32=2e9)
+    found = model.time_of(products, tiles, None, device)
+    assert found.bound == "tensor cores" and found.seconds == pytest.approx(1e10 / device.tensor_flops)
+    loop = compiling.Loop(Counter({"HMMA": 2, "LDS": 38}))
+    slow = model.time_of(products, tiles, kernel(loops=[loop]), device)
+    assert slow.seconds == pytest.approx((1e9 / 2048 + 2e9 / 1024) * 20 / device.issue_rate)
 
 
 @pytest.mark.skipif(shutil.which("c++filt") is None, reason="needs c++filt")
@@ -205,8 +225,10 @@ def test_gradients_are_counted_launch_by_launch(op: str) -> None:
         + ["retention_output<float, 1>"],
         "selective_scan": ["scan_forward<float>", "scan_forward<float>", "scan_backward<float>"],
     }[op]
-    found = list(work.WORK[f"ultrazoo::{op}"](work.Call(sizes, 4, False, names)))
-    assert len(found) == len(names) and all(each.bytes > 0 and each.fp + each.int8 > 0 for each in found)
+    for element in (4, 2):
+        found = list(work.WORK[f"ultrazoo::{op}"](work.Call(sizes, element, False, names)))
+        assert len(found) == len(names)
+        assert all(each.bytes > 0 and each.fp + each.int8 + each.half + each.tf32 > 0 for each in found)
 
 
 @pytest.mark.slow

@@ -17,11 +17,11 @@ START = """
 import logging, sys
 from pathlib import Path
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(levelname)s %(message)s")
-from ultrazoo.ops import build
+from ultrazoo.ops import build, compiling
 build.AT_INSTALL = Path("missing.so")
-build.CXX_FLAGS = (*build.CXX_FLAGS, "-O0")
-plan = build.plan
-build.plan = lambda *what: [step for step in plan(*what) if step.source.startswith(("common", "rk4"))]
+compiling.CXX_FLAGS = (*compiling.CXX_FLAGS, "-O0")
+plan = compiling.plan
+build.plan = compiling.plan = lambda *what: [step for step in plan(*what) if step.source.startswith(("common", "rk4"))]
 """
 TRAIN = """
 import torch
@@ -84,7 +84,7 @@ with kernel_policy("compiled"):
 """
     said = run(tmp_path, TRAIN + script, CXX="no-such-compiler").splitlines()
     assert said[0] == (
-        "WARNING kernels: every op runs its reference: no C++ compiler: no-such-compiler is not on PATH; "
+        "WARNING kernels: every op of ultrazoo runs its reference: no C++ compiler: no-such-compiler is not on PATH; "
         "install g++ 11 or clang 14 (or newer), or name one in CXX"
     )
     assert len(said) == 2

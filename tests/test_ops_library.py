@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ultrazoo import ops
 from ultrazoo.errors import ConfigError, KernelUnavailableError, UnknownNameError
-from ultrazoo.ops import kernel_policy, kernel_status, library, loader, set_kernel_policy
+from ultrazoo.ops import kernel_policy, kernel_status, library, loader, policy, set_kernel_policy
 
 calls: list[str] = []
 
@@ -61,9 +61,9 @@ def _kernel_backward(grad: Tensor, x: Tensor, scale: float) -> Tensor:
 @pytest.fixture(autouse=True)
 def no_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No built library in sight: the kernels here are registered by hand."""
-    monkeypatch.setattr(loader, "_loaded", loader.Loaded(reason="nothing was built", fix="build it"))
+    monkeypatch.setitem(loader._loaded, "ultrazoo", loader.Loaded(reason="nothing was built", fix="build it"))
     monkeypatch.setattr(library, "_announced", set())
-    monkeypatch.setattr(library, "_policy", "auto")
+    monkeypatch.setattr(policy, "current", "auto")
     library._warn_without_library.cache_clear()
     calls.clear()
     yield
@@ -119,9 +119,9 @@ def test_the_policy_reference_holds_for_the_backward_too_wherever_it_runs(kernel
 def test_a_compiled_graph_follows_the_policy(kernels: None) -> None:
     function = torch.compile(lambda x: cube(x, 2.0).sin(), fullgraph=True, backend="aot_eager")
     x = torch.randn(3, requires_grad=True)
-    for policy, kind in (("auto", "kernel"), ("reference", "reference"), ("compiled", "kernel")):
+    for name, kind in (("auto", "kernel"), ("reference", "reference"), ("compiled", "kernel")):
         calls.clear()
-        with kernel_policy(policy):  # type: ignore[arg-type]
+        with kernel_policy(name):  # type: ignore[arg-type]
             function(x).sum().backward()
         assert calls == [kind, f"{kind} backward"]
 
@@ -160,11 +160,11 @@ def test_auto_says_once_what_it_took_and_why(kernels: None, lines: pytest.LogCap
     for _ in range(3):
         cube(torch.randn(3), 2.0)
         plain(torch.randn(3))
-        library._ops["test_plain"](torch.randn(3, dtype=torch.float64))
+        library._ops["ultrazoo::test_plain"](torch.randn(3, dtype=torch.float64))
     said = [record.getMessage() for record in lines.records]
     assert len(said) == 3
     assert said[0].startswith("kernels: ultrazoo::test_cube on cpu runs compiled: ")
-    assert said[1] == "kernels: every op runs its reference: nothing was built; build it"
+    assert said[1] == "kernels: every op of ultrazoo runs its reference: nothing was built; build it"
     assert lines.records[1].levelno == logging.WARNING
     assert said[2].startswith(
         "kernels: ultrazoo::test_plain on cpu runs the reference: the kernels take (torch.float32"
@@ -174,7 +174,7 @@ def test_auto_says_once_what_it_took_and_why(kernels: None, lines: pytest.LogCap
 def test_a_library_that_lacks_an_op_is_reported(
     monkeypatch: pytest.MonkeyPatch, lines: pytest.LogCaptureFixture, tmp_path: Any
 ) -> None:
-    monkeypatch.setattr(loader, "_loaded", loader.Loaded(path=tmp_path / "library.so"))
+    monkeypatch.setitem(loader._loaded, "ultrazoo", loader.Loaded(path=tmp_path / "library.so"))
     plain(torch.randn(3))
     (record,) = lines.records
     assert record.levelno == logging.WARNING
@@ -182,7 +182,7 @@ def test_a_library_that_lacks_an_op_is_reported(
 
 
 def test_the_reference_needs_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
+    def fail(*_: str) -> None:
         raise AssertionError("looked for a library")
 
     monkeypatch.setattr(loader, "load", fail)
@@ -201,7 +201,7 @@ def test_the_policy_comes_from_the_caller_or_else_the_environment(monkeypatch: p
     ):
         set_kernel_policy("compild")
     assert library.get_kernel_policy() == "reference"
-    monkeypatch.setattr(library, "_policy", "fast")  # as read from the environment at import
+    monkeypatch.setattr(policy, "current", "fast")  # as read from the environment at import
     with pytest.raises(ConfigError, match="ULTRAZOO_KERNELS: got 'fast'"):
         plain(torch.zeros(2))
 

@@ -9,11 +9,18 @@ import sys
 import zipfile
 from pathlib import Path
 
+import plugin_sources
 import pytest
 
 from ultrazoo.ops import build
 
 ROOT = Path(__file__).resolve().parents[1]
+PLUGIN = """
+from setuptools import setup
+from ultrazoo.ops.at_install import kernels
+compiled = kernels("ultrazoo_demo._C", "ultrazoo_demo/csrc")
+setup(name="ultrazoo-demo", packages=["ultrazoo_demo"], package_data={"ultrazoo_demo": ["csrc/**/*"]}, **compiled)
+"""
 pytest.importorskip("setuptools", "77", reason="the wheel is built by setuptools")
 
 
@@ -67,3 +74,22 @@ def test_with_a_compiler_the_wheel_has_the_kernels_for_any_python(project: Path,
     with zipfile.ZipFile(tmp_path / name) as archive:
         library.write_bytes(archive.read("ultrazoo/_C.so"))
     assert build.made_from(library).key == build.build_key(project / "csrc")
+
+
+def test_a_plugin_compiles_its_kernels_by_the_same_means(tmp_path: Path) -> None:
+    try:
+        build.find_compiler()
+    except build.BuildError as error:
+        pytest.skip(error.reason)
+    home = tmp_path / "home"
+    sources = plugin_sources.install(home, "demo")
+    shutil.rmtree(home / "ultrazoo_demo-0.3.0.dist-info")
+    (home / "setup.py").write_text(PLUGIN)
+    name, files = wheel(home, tmp_path, PYTHONPATH=str(ROOT), CXX=f"{build.find_compiler()} -O0")
+    assert "-py3-none-" in name and not name.endswith("-any.whl")
+    assert {"ultrazoo_demo/_C.so", "ultrazoo_demo/csrc/scale_add/cpu.cpp"} <= files
+    plugin = build.of_plugin("demo", sources)
+    with zipfile.ZipFile(tmp_path / name) as archive:
+        plugin.at_install.write_bytes(archive.read("ultrazoo_demo/_C.so"))
+    assert build.made_from(plugin.at_install).key == build.build_key(sources)
+    assert build.library(of=plugin) == plugin.at_install

@@ -125,7 +125,7 @@ def op() -> Iterator[Callable[..., OpSpec]]:
     yield make
     kernels._destroy()
     for name in names:
-        del _ops[name]
+        del _ops[f"ultrazoo::{name}"]
     assert backward.qualname
 
 
@@ -220,3 +220,5 @@ def test_doctor_names_the_kernel_of_every_op(capsys: pytest.CaptureFixture[str])
     assert facts["torch"] == torch.__version__
     for entry in facts["ops"]:
         assert entry["detail"] and (entry["compiled"] or entry["fix"])
+    (ours,) = [entry for entry in facts["libraries"] if entry["namespace"] == "ultrazoo"]
+    assert ours["of"].startswith("ultrazoo ") and ours["ops"] >= len(registry().ops()) and ours["detail"]

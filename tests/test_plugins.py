@@ -1,137 +1,200 @@
-"""Discovery: third parties get in by entry point, and a broken one is named and left out."""
+"""Discovery: third parties get in by entry point; a broken plugin is named with its version, and the rest goes on."""
 
-import importlib.metadata
+from __future__ import annotations
+
+import re
 import types
+from pathlib import Path
+from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from plugin_parts import Entry, block, load, module_with, op
+from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-import ultrazoo
-from ultrazoo import plugins as loader
-from ultrazoo.errors import PluginError, UnknownNameError
+from ultrazoo.config import ModelConfig, load_config
+from ultrazoo.errors import ConfigError, PluginError, UnknownNameError
 from ultrazoo.registry import Registry
-from ultrazoo.spec import BlockSpec
+from ultrazoo.spec import PresetSpec
+
+Patch = pytest.MonkeyPatch
+Module = types.ModuleType
 
 
-class Options(BaseModel):
+class Unspeakable(BaseModel):
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
     hidden_size: int
+    shape: nn.Module
 
 
-def spec(name, **changes):
-    values = {
-        "name": name,
-        "kind": "mixer",
-        "module": nn.Identity,
-        "config": Options,
-        "paper": "none",
-        "equation": "y = x",
-    }
-    return BlockSpec(**{**values, **changes})
+class Taken(BaseModel):
+    block: int = 1
 
 
-class Distribution:
-    def __init__(self, name, version="1.2"):
-        self.name, self.version = name, version
+def preset(path: str) -> PresetSpec:
+    return PresetSpec(name="p", path=Path(path), summary="")
 
 
-class Entry:
-    group = "ultrazoo"
+def unmarked() -> Module:
+    module = module_with(ultrazoo_blocks=lambda: [])
 
-    def __init__(self, name, dist, module, value="mod"):
-        self.name, self.dist, self.value, self._module = name, Distribution(dist), value, module
+    def ultrazoo_ops() -> list[Any]:
+        return []
 
-    def load(self):
-        if isinstance(self._module, Exception):
-            raise self._module
-        return self._module
-
-
-def module_with(**hooks):
-    module = types.ModuleType("a_plugin")
-    for name, function in hooks.items():
-        setattr(module, name, ultrazoo.hookimpl(function))
+    vars(module)["ultrazoo_ops"] = ultrazoo_ops
     return module
 
 
-def load(monkeypatch, *entries):
-    core = [entry for entry in importlib.metadata.entry_points(group="ultrazoo") if entry.name == "core"]
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [*entries, *core])
-    return {f"{plugin.distribution}:{plugin.name}": plugin for plugin in loader.load_plugins()}
-
-
-def test_built_in_blocks_come_through_the_same_door(monkeypatch):
+def test_built_in_blocks_come_through_the_same_door(monkeypatch: Patch) -> None:
     core = load(monkeypatch)["ultrazoo:core"]
-    assert core.error is None
-    mixers = {block.name for block in core.blocks if block.kind == "mixer"}
+    assert core.error is None and core.built_in and core.api == 1
+    mixers = {spec.name for spec in core.blocks if spec.kind == "mixer"}
     assert mixers == {"retnet", "mamba", "ode", "titan_attn", "standard_attn", "sigmoid_attn"}
-    assert {op.name for op in core.ops} >= {"ultrazoo::retention", "ultrazoo::selective_scan", "ultrazoo::bitlinear"}
-    assert {preset.name for preset in core.presets} >= {
-        "frankenstein",
-        "mini",
-        "standard",
-        "standard_hope",
-        "tinybert",
-        "embbert",
+    assert {spec.name for spec in core.ops} >= {
+        "ultrazoo::retention",
+        "ultrazoo::selective_scan",
+        "ultrazoo::bitlinear",
     }
+    presets = {"frankenstein", "mini", "standard", "standard_hope", "tinybert", "embbert"}
+    assert {spec.name for spec in core.presets} >= presets
 
 
-def test_a_third_party_block_is_found(monkeypatch):
-    good = module_with(ultrazoo_blocks=lambda: [spec("identity")])
+def test_a_third_party_block_is_found(monkeypatch: Patch) -> None:
+    good = module_with(ultrazoo_blocks=lambda: [block("identity")])
     found = load(monkeypatch, Entry("good", "zoo-good", good))
     zoo = Registry(list(found.values()))
     assert zoo.block("mixer", "identity").module is nn.Identity
+    assert zoo.home_of("identity").origin == "zoo-good 1.2 (plugin 'good')"
     assert "retnet" in zoo.mixers()
 
 
-@pytest.mark.parametrize(
-    ("module", "reason"),
-    [
-        (ImportError("no module named left_pad"), "ImportError: no module named left_pad"),
-        (module_with(ultrazoo_block=lambda: []), "unknown hook 'ultrazoo_block'"),
-        (module_with(ultrazoo_blocks=lambda size: []), "size"),
-        (module_with(ultrazoo_blocks=lambda: ["retnet"]), "expected BlockSpec"),
-        (module_with(ultrazoo_blocks=lambda: 3), "returned int"),
-        (module_with(ultrazoo_blocks=lambda: [spec("x", kind="mixxer")]), "got kind 'mixxer'"),
-        (module_with(ultrazoo_blocks=lambda: [spec("x", config=dict)]), "pydantic"),
-        (module_with(ultrazoo_blocks=lambda: 1 / 0), "ZeroDivisionError"),
-    ],
-)
-def test_a_broken_plugin_is_named_and_the_rest_goes_on(monkeypatch, module, reason):
-    good = module_with(ultrazoo_blocks=lambda: [spec("identity")])
+FAULTS = {
+    "import error": (ImportError("no module named left_pad"), "ImportError: no module named left_pad"),
+    "syntax error": (SyntaxError("invalid syntax"), "SyntaxError: invalid syntax"),
+    "sys.exit at import": (SystemExit(3), "SystemExit: 3"),
+    "library that does not load": (OSError("libx.so: undefined symbol: f"), "OSError: libx.so: undefined symbol: f"),
+    "no version": (module_with(None), "add the line ULTRAZOO_PLUGIN_API = 1 to its module"),
+    "newer version": (module_with(2), "written for plugin API 2, this ultrazoo offers 1; update ultrazoo"),
+    "older version": (module_with(0), "written for plugin API 0, this ultrazoo offers 1; update the plugin"),
+    "version that is none": (module_with("1"), "got ULTRAZOO_PLUGIN_API = '1', expected a whole number"),
+    "misspelt hook": (module_with(ultrazoo_block=lambda: []), "unknown hook 'ultrazoo_block'"),
+    "wrong signature": (module_with(ultrazoo_blocks=lambda size: []), "size"),
+    "hook without mark": (unmarked(), "ultrazoo_ops is not marked: put @hookimpl"),
+    "no hook": (module_with(), "implements no hook; expected one or more of ultrazoo_ops, ultrazoo_blocks"),
+    "not a spec": (module_with(ultrazoo_blocks=lambda: ["retnet"]), "offered 'retnet', expected BlockSpec"),
+    "not a list": (module_with(ultrazoo_blocks=lambda: 3), "returned int, expected a list of BlockSpec"),
+    "bare spec": (module_with(ultrazoo_blocks=lambda: block("x")), "returned BlockSpec, expected a list of BlockSpec"),
+    "nothing returned": (module_with(ultrazoo_ops=lambda: None), "returned NoneType, expected a list of OpSpec"),
+    "no residual, no mixer": (
+        module_with(ultrazoo_blocks=lambda: [block("x", kind="norm", residual=False)]),
+        "got residual=False for a block of kind 'norm'",
+    ),
+    "unknown kind": (module_with(ultrazoo_blocks=lambda: [block("x", kind="mixxer")]), "got kind 'mixxer'"),
+    "not pydantic": (module_with(ultrazoo_blocks=lambda: [block("x", config=dict)]), "must be a pydantic model class"),
+    "no JSON Schema": (module_with(ultrazoo_blocks=lambda: [block("x", config=Unspeakable)]), "no JSON Schema"),
+    "reserved option": (module_with(ultrazoo_blocks=lambda: [block("x", config=Taken)]), "has a field 'block'"),
+    "twice by itself": (module_with(ultrazoo_blocks=lambda: [block("x"), block("x")]), "offered 'x' 2 times"),
+    "ops as text": (module_with(ultrazoo_blocks=lambda: [block("x", ops="x::y")]), "ops must be full names"),
+    "op of ultrazoo": (
+        module_with(ultrazoo_ops=lambda: [op("ultrazoo::mine")]),
+        "namespace 'ultrazoo' is ultrazoo's own",
+    ),
+    "op without namespace": (module_with(ultrazoo_ops=lambda: [op("mine")]), "expected a name of the form"),
+    "op without cost": (module_with(ultrazoo_ops=lambda: [op("a::b", cost=None)]), "cost must be a function, got None"),
+    "preset without file": (module_with(ultrazoo_presets=lambda: [preset("absent.yaml")]), "no file at absent.yaml"),
+    "exception in a hook": (module_with(ultrazoo_blocks=lambda: 1 / 0), "ZeroDivisionError: division by zero (/"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_plugin_is_named_and_the_rest_goes_on(fault: str, monkeypatch: Patch) -> None:
+    module, reason = FAULTS[fault]
+    good = module_with(ultrazoo_blocks=lambda: [block("identity")])
     found = load(monkeypatch, Entry("bad", "zoo-bad", module), Entry("good", "zoo-good", good))
-    error = found["zoo-bad:bad"].error
-    assert "plugin 'bad' of zoo-bad 1.2 is left out" in error
-    assert reason in error
-    assert "uninstall zoo-bad" in error
+    bad = found["zoo-bad:bad"]
+    assert bad.error is not None and "\n" not in bad.error
+    assert bad.error.startswith("plugin 'bad' of zoo-bad 1.2 is left out: ")
+    assert reason in bad.error
+    assert "uninstall zoo-bad" in bad.error
+    assert not (bad.blocks or bad.ops or bad.presets)
     assert found["zoo-good:good"].error is None
     assert found["ultrazoo:core"].error is None
+    assert {"identity", "retnet"} <= set(Registry(list(found.values())).mixers())
 
 
-def test_same_entry_point_name_in_two_distributions_loads_both(monkeypatch):
-    one, two = (module_with(ultrazoo_blocks=lambda name=name: [spec(name)]) for name in ("one", "two"))
+def test_the_users_own_interrupt_is_not_swallowed(monkeypatch: Patch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        load(monkeypatch, Entry("slow", "zoo-slow", KeyboardInterrupt()))
+
+
+def test_a_namespace_of_ops_belongs_to_one_distribution(monkeypatch: Patch) -> None:
+    entries = [
+        Entry(name, dist, module_with(ultrazoo_ops=lambda name=name: [op(f"shared::{name}")]))
+        for name, dist in (("one", "zoo-a"), ("two", "zoo-a"), ("three", "zoo-b"))
+    ]
+    found = load(monkeypatch, *entries)
+    assert found["zoo-a:one"].error is None and found["zoo-a:two"].error is None
+    error = str(found["zoo-b:three"].error)
+    assert "op 'shared::three': the namespace 'shared' is that of zoo-a 1.2 (plugin 'two')" in error
+
+
+def test_same_entry_point_name_in_two_distributions_loads_both(monkeypatch: Patch) -> None:
+    one, two = (module_with(ultrazoo_blocks=lambda name=name: [block(name)]) for name in ("one", "two"))
     found = load(monkeypatch, Entry("zoo", "dist-a", one), Entry("zoo", "dist-b", two))
     assert [len(found[key].blocks) for key in ("dist-a:zoo", "dist-b:zoo")] == [1, 1]
 
 
-def test_a_name_offered_twice_is_an_error_that_names_both(monkeypatch):
-    again = module_with(ultrazoo_blocks=lambda: [spec("retnet")])
+@pytest.mark.parametrize("kind", ["mixer", "norm"])
+def test_a_name_offered_twice_is_an_error_that_names_both(kind: str, monkeypatch: Patch) -> None:
+    again = module_with(ultrazoo_blocks=lambda: [block("retnet", kind=kind)])
     zoo = Registry(list(load(monkeypatch, Entry("copy", "zoo-copy", again)).values()))
-    with pytest.raises(PluginError, match=r"ultrazoo .*core.* and zoo-copy 1.2"):
-        zoo.block("mixer", "retnet")
+    with pytest.raises(PluginError, match=r"here: .*ultrazoo .*core.* and zoo-copy 1.2 .*uninstall one of them"):
+        zoo.block("mixer", "retnet", "here")
     assert "retnet" not in zoo.mixers()
     assert "mamba" in zoo.mixers()
+    assert len(zoo.clashes()) == 1
 
 
-def test_plugins_can_be_disabled_by_name_or_altogether(monkeypatch):
-    entries = [Entry(name, f"zoo-{name}", module_with(ultrazoo_blocks=lambda: [])) for name in ("a", "b")]
-    monkeypatch.setenv("ULTRAZOO_DISABLE_PLUGINS", "a")
-    assert set(load(monkeypatch, *entries)) == {"ultrazoo:core", "zoo-b:b"}
-    monkeypatch.setenv("ULTRAZOO_DISABLE_PLUGINS", "all")
-    assert set(load(monkeypatch, *entries)) == {"ultrazoo:core"}
+def test_plugins_are_disabled_by_name_by_distribution_or_altogether(monkeypatch: Patch) -> None:
+    def entries() -> list[Entry]:
+        return [Entry(name, f"zoo-{name}", SystemError("imported")) for name in ("a", "b")]
+
+    def imported(disable: str) -> set[str]:
+        return {name for name, plugin in load(monkeypatch, *entries(), disable=disable).items() if not plugin.disabled}
+
+    assert imported("a") == {"ultrazoo:core", "zoo-b:b"}
+    assert imported(" a , zoo-b") == imported("all") == {"ultrazoo:core"}
+    impostor = Entry("core", "zoo-core", module_with())
+    assert load(monkeypatch, impostor, disable="all")["zoo-core:core"].disabled
 
 
-def test_unknown_block_suggests_the_nearest(monkeypatch):
+def test_unknown_block_suggests_the_nearest(monkeypatch: Patch) -> None:
     zoo = Registry(list(load(monkeypatch).values()))
     with pytest.raises(UnknownNameError, match=r"here: unknown name 'retnt'; did you mean 'retnet'\?"):
         zoo.block("mixer", "retnt", "here")
+    with pytest.raises(UnknownNameError, match=r"here: unknown name 'mlp'; it is for model.ffn_type; known: mamba"):
+        zoo.block("mixer", "mlp", "here")
+
+
+def test_a_block_of_a_plugin_that_is_not_there_is_not_just_unknown(monkeypatch: Patch) -> None:
+    half = module_with(ultrazoo_blocks=lambda: [block("hyena")], ultrazoo_ops=lambda: [op("ultrazoo::x")])
+    dead = Entry("gla", "ultrazoo-gla", ImportError("no torch"), version="0.1")
+    found = load(monkeypatch, dead, Entry("hy", "zoo-hy", half), Entry("off", "zoo-off", half), disable="off")
+    zoo = Registry(list(found.values()))
+
+    def said(name: str) -> str:
+        monkeypatch.setattr("ultrazoo.config.model.registry", lambda: zoo)
+        with pytest.raises((ConfigError, ValueError)) as caught:
+            ModelConfig.model_validate({"layer_pattern": ["retnet", name]})
+        return re.sub(r"\s+", " ", str(caught.value))
+
+    place = "model.layer_pattern[1]: unknown name"
+    gla = "it is offered by ultrazoo-gla 0.1 (plugin 'gla'), which did not load: ImportError: no torch"
+    assert f"{place} 'gla'; {gla}" in said("gla")
+    assert "is offered by zoo-hy 1.2 (plugin 'hy'), which did not load: ValueError: op 'ultrazoo::x'" in said("hyena")
+    assert f"{place} 'off'; zoo-off 1.2 (plugin 'off') is disabled by ULTRAZOO_DISABLE_PLUGINS=off" in said("off")
+    assert "'hydra'; it comes with a plugin: pip install ultrazoo-hydra" in said("hydra")
+    with pytest.raises(UnknownNameError, match="config: unknown name 'embbert_exact'; it comes with a plugin: pip"):
+        load_config("embbert_exact")
+    assert "'mambo'; did you mean 'mamba'? not loaded, so not searched: ultrazoo-gla 0.1" in said("mambo")

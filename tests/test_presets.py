@@ -196,7 +196,8 @@ def test_the_readme_has_every_field_with_its_default():
     documented = {name: parse_yaml(default, name) for name, default in rows}
     defaults = Config().to_dict()
     resolved_later = {"position_embedding": None}
-    expected = {"model_class": defaults["model_class"], **defaults["model"], **defaults["training"], **resolved_later}
+    whole = {name: defaults[name] for name in ("model_class", "plugins")}
+    expected = {**whole, **defaults["model"], **defaults["training"], **resolved_later}
     assert len(rows) == len(documented)
     assert documented == expected
 

@@ -129,7 +129,9 @@ def test_a_checkpoint_holds_the_receipt_that_inspect_prints(run: Path, capsys: p
     assert isinstance(report, CheckpointReport) and report.problem is None
     receipt = report.receipt
     assert (receipt["step"], receipt["torch"], receipt["num_threads"]) == (9, torch.__version__, 1)
-    assert receipt["data"]["rows"] == 100 and receipt["plugins"] == {"ultrazoo": receipt["ultrazoo"]}
+    assert receipt["data"]["rows"] == 100 and [
+        (plugin["distribution"], plugin["version"]) for plugin in receipt["plugins"]
+    ] == [("ultrazoo", receipt["ultrazoo"])]
     assert receipt["tokenizer_sha256"] == sha256(run / "tokenizer.json")
     tensors = load_file(run / "checkpoints/step-000009/model.safetensors")
     assert report.weights == sum(tensor.numel() for tensor in tensors.values())

@@ -37,5 +37,5 @@ def define(folder: str, prefix: str) -> list[OpSpec]:
 
 def forget(prefix: str) -> None:
     """Take the ops of a prefix out of ultrazoo's list."""
-    for name in [name for name in library._ops if name.startswith(prefix)]:
+    for name in [name for name in library._ops if name.startswith(f"{library.NAMESPACE}::{prefix}")]:
         del library._ops[name]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from ultrazoo.hookspecs import hookimpl
 from ultrazoo.spec import BlockSpec, OpSpec, PresetSpec
 
+ULTRAZOO_PLUGIN_API = 1
+
 
 @hookimpl
 def ultrazoo_ops() -> list[OpSpec]:

@@ -21,11 +21,10 @@ class ConfigError(UltrazooError):
 class UnknownNameError(ConfigError):
     """A block, op, preset or field name is not known."""
 
-    def __init__(self, where: str, got: str, known: Iterable[str]) -> None:
+    def __init__(self, where: str, got: str, known: Iterable[str], cure: str | None = None) -> None:
         names = sorted(known)
-        super().__init__(
-            f"{where}: unknown name {got!r}; {did_you_mean(got, names)}known: {', '.join(names) or 'none'}"
-        )
+        hint = did_you_mean(got, names) if cure is None else cure
+        super().__init__(f"{where}: unknown name {got!r}; {hint}known: {', '.join(names) or 'none'}")
 
 
 class PluginError(UltrazooError):

@@ -1,4 +1,7 @@
-"""The hooks that a plugin may implement. Each returns data; a plugin needs none of the others to offer one."""
+"""The hooks that a plugin may implement. Each returns data; a plugin needs none of the others to offer one.
+
+A plugin's module says which version of this interface it was written for: ``ULTRAZOO_PLUGIN_API = 1``.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ import pluggy
 from ultrazoo.spec import BlockSpec, OpSpec, PresetSpec
 
 PROJECT = "ultrazoo"
+PLUGIN_API = 1
+"""Version of the hooks, of the records in ``ultrazoo.spec`` and of ``OpLibrary``; raised when a plugin must change."""
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 

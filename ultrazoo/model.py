@@ -41,19 +41,27 @@ class MaskedLMOutput:
 class EncoderLayer(nn.Module):
     """x + mixer(norm(x)), then x + ffn(norm(x)); with post norm, norm(x + mixer(x)), then norm(x + ffn(x)).
 
+    Without ``x +``, and without dropout, for a mixer whose spec says ``residual=False``; without the second half where
+    ``ffn_type`` is none.
+
     Args:
         config: The model section.
-        mixer_name: The mixer's name in the registry.
+        position: Position in ``layer_pattern`` that says the mixer and its options.
     """
 
-    def __init__(self, config: ModelConfig, mixer_name: str) -> None:
+    def __init__(self, config: ModelConfig, position: int) -> None:
         super().__init__()
-        self.mixer_name, self.ffn_name = mixer_name, config.ffn_name
+        self.mixer_name, self.ffn_name = config.mixer_names[position], config.ffn_name
+        own = (f" {name}={value}" for name, value in config.own_options(position).items())
+        self.mixer_label, self.ffn_label = self.mixer_name + "".join(own), self.ffn_name
+        """Names as the parameter table has them, with the options of this position."""
         self.pre_norm = config.norm_position == "pre"
         self.mixer_norm = _norm(config, config.hidden_size)
-        self.mixer = _block(config, "mixer", mixer_name)
-        self.ffn_norm = _norm(config, config.hidden_size)
-        self.ffn = _block(config, "ffn", config.ffn_name)
+        self.mixer = _block(config, "mixer", self.mixer_name, position)
+        self.residual = registry().block("mixer", self.mixer_name).residual
+        has_ffn = config.ffn_name != "none"
+        self.ffn_norm = _norm(config, config.hidden_size) if has_ffn else None
+        self.ffn = _block(config, "ffn", config.ffn_name) if has_ffn else None
         self.dropout = Dropout(config.dropout)
         self.recompute = False
         """Keep only the layer's input for the backward pass, and run the layer once more there."""
@@ -74,19 +82,21 @@ class EncoderLayer(nn.Module):
         return self._apply_parts(x, segments)
 
     def _apply_parts(self, x: Tensor, segments: Tensor | None) -> tuple[Tensor, Aux]:
-        if self.pre_norm:
-            x = x + self.dropout(self.mixer(self.mixer_norm(x), segments))
-            y, aux = self.ffn(self.ffn_norm(x), segments)
-            return x + self.dropout(y), aux
-        x = self.mixer_norm(x + self.dropout(self.mixer(x, segments)))
-        y, aux = self.ffn(x, segments)
-        return self.ffn_norm(x + self.dropout(y)), aux
+        y = self.mixer(self.mixer_norm(x) if self.pre_norm else x, segments)
+        x = x + self.dropout(y) if self.residual else y
+        x = x if self.pre_norm else self.mixer_norm(x)
+        if self.ffn is None or self.ffn_norm is None:
+            return x, {}
+        y, aux = self.ffn(self.ffn_norm(x) if self.pre_norm else x, segments)
+        x = x + self.dropout(y)
+        return x if self.pre_norm else self.ffn_norm(x), aux
 
 
 class MaskedLM(nn.Module):
     """A stack of layers applied ``num_loops`` times with the same weights, between embeddings and a head.
 
-    With pre norm a last norm closes the stack. Every block draws its own initial weights; the model changes none.
+    With pre norm a last norm closes the stack, unless the last layer is a mixer without residual, whose output is no
+    sum. Every block draws its own initial weights; the model changes none.
 
     Args:
         config: The model section.
@@ -96,10 +106,16 @@ class MaskedLM(nn.Module):
         super().__init__()
         self.config = config
         shared = EmbeddingConfig.model_validate({name: getattr(config, name) for name in EmbeddingConfig.model_fields})
-        self.embeddings = Embeddings(shared, _norm(config, config.hidden_size))
-        pattern = config.layer_pattern
-        self.layers = nn.ModuleList(EncoderLayer(config, pattern[i % len(pattern)]) for i in range(config.num_layers))
-        self.final_norm = _norm(config, config.hidden_size) if config.norm_position == "pre" else None
+        self.embeddings: nn.Module = (
+            Embeddings(shared, _norm(config, config.hidden_size))
+            if config.embedding_type is None
+            else _block(config, "embedding", config.embedding_type)
+        )
+        period = len(config.layer_pattern)
+        self.layers = nn.ModuleList(EncoderLayer(config, i % period) for i in range(config.num_layers))
+        last = self.layers[-1]
+        closes = config.norm_position == "pre" and (last.residual or last.ffn is not None)
+        self.final_norm = _norm(config, config.hidden_size) if closes else None
         self.head = MaskedLMHead(shared, _norm(config, shared.width))
 
     def recompute_layers(self, wanted: bool = True) -> None:
@@ -130,7 +146,7 @@ class MaskedLM(nn.Module):
             labels: (B, L) int64, -100 where there is no target.
         """
         hidden, losses, stats = self._encode(input_ids, segments)
-        table = self.embeddings.tokens.weight
+        table = self.embeddings.get_parameter("tokens.weight")
         if labels is None:
             return MaskedLMOutput(hidden, self.head(hidden, table), losses=losses, stats=stats)
         targets = labels.reshape(-1)
@@ -172,7 +188,7 @@ def parameter_table(model: MaskedLM) -> list[tuple[str, int]]:
         part = _part(model, name)
         counts[part] = counts.get(part, 0) + parameter.numel()
     order = list(_PARTS.values())
-    after = order.index("embedding norm")
+    after = order.index("other embeddings")
     return sorted(counts.items(), key=lambda item: order.index(item[0]) if item[0] in order else after + 0.5)
 
 
@@ -183,7 +199,8 @@ _PARTS = {
     "embeddings.positions": "position embeddings",
     "embeddings.position_scale": "embedding scales",
     "embeddings.scale": "embedding scales",
-    "embeddings.norm": "embedding norm",  # the parts of the layers follow
+    "embeddings.norm": "embedding norm",
+    "embeddings": "other embeddings",  # a plugin's own; the parts of the layers follow
     "final_norm": "final norm",
     "head.dense": "head transform",
     "head.norm": "head norm",
@@ -198,8 +215,8 @@ def _part(model: MaskedLM, name: str) -> str:
     _, index, member, *_ = name.split(".")
     if member not in ("mixer", "ffn"):
         return "layer norms"
-    block = getattr(model.layers[int(index)], f"{member}_name")
-    number = sum(getattr(layer, f"{member}_name") == block for layer in model.layers)
+    block = getattr(model.layers[int(index)], f"{member}_label")
+    number = sum(getattr(layer, f"{member}_label") == block for layer in model.layers)
     return f"{member} {block} (x {number})"
 
 
@@ -210,9 +227,9 @@ def _norm(config: ModelConfig, width: int) -> nn.Module:
     return spec.module(options.model_copy(update={"hidden_size": width}))
 
 
-def _block(config: ModelConfig, kind: str, name: str) -> nn.Module:
+def _block(config: ModelConfig, kind: str, name: str, position: int | None = None) -> nn.Module:
     spec = registry().block(kind, name, f"model ({kind})")
-    return spec.module(block_config(spec, config))
+    return spec.module(block_config(spec, config, position))
 
 
 def _gather(seen: list[Aux], num_layers: int) -> tuple[Aux, Aux]:

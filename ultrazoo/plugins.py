@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Iterable
+import traceback
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
 
-import pluggy
-from pydantic import BaseModel
-
-from ultrazoo import hookspecs
 from ultrazoo.hookspecs import PROJECT
+from ultrazoo.offers import OutdatedError, api_of, offers_of
 from ultrazoo.spec import BlockSpec, OpSpec, PresetSpec
 
-KINDS = ("mixer", "ffn", "norm")
+DISABLE = "ULTRAZOO_DISABLE_PLUGINS"
+CORE = ("ultrazoo", "core")
+PUBLISHED = {
+    "embbert": "ultrazoo-embbert",
+    "embbert_embedding": "ultrazoo-embbert",
+    "embbert_exact": "ultrazoo-embbert",
+    "gla": "ultrazoo-gla",
+    "hydra": "ultrazoo-hydra",
+    "hydra_mini": "ultrazoo-hydra",
+}
+"""Blocks and presets that the project publishes apart -> distribution."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,80 +33,129 @@ class Plugin:
     distribution: str
     version: str
     module: str
+    api: int | None = None
+    """Version of the plugin interface that it states; None if it did not get so far."""
     blocks: tuple[BlockSpec, ...] = ()
     ops: tuple[OpSpec, ...] = ()
     presets: tuple[PresetSpec, ...] = ()
-    error: str | None = None
+    reason: str | None = None
+    """Why it does not load, and what to do; None if it does."""
+    disabled: bool = False
+    """It was not even imported, because ``ULTRAZOO_DISABLE_PLUGINS`` names it."""
+    withheld: tuple[str, ...] = ()
+    """Blocks and presets that it would offer, had it no error."""
 
     @property
     def origin(self) -> str:
         """Distribution and version, as error messages name it."""
         return f"{self.distribution} {self.version} (plugin {self.name!r})"
 
+    @property
+    def built_in(self) -> bool:
+        """True for ultrazoo's own."""
+        return (self.distribution, self.name) == CORE
+
+    @property
+    def error(self) -> str | None:
+        """Why it is left out, in one line with its name and version; None if it loads, or is disabled."""
+        if self.reason is None:
+            return None
+        return f"plugin {self.name!r} of {self.distribution} {self.version} is left out: {self.reason}"
+
+    @property
+    def absence(self) -> str:
+        """Why it offers nothing, as a clause after its name; empty if it does."""
+        if self.disabled:
+            return f"is disabled by {DISABLE}={os.environ.get(DISABLE, '')}"
+        return f"did not load: {self.reason}" if self.reason is not None else ""
+
 
 def load_plugins() -> list[Plugin]:
-    """Load every installed plugin; a broken one comes back with its error and offers nothing.
+    """Import every installed plugin and call its hooks; a broken one comes back with its error and offers nothing.
 
-    ``ULTRAZOO_DISABLE_PLUGINS`` names plugins to leave out, separated by commas, or ``all`` for all but the built-in.
+    ``ULTRAZOO_DISABLE_PLUGINS`` names plugins or distributions that are not imported, separated by commas, or ``all``
+    for all but the built-in. It is inherited by child processes, where plugins are loaded anew at first use.
     """
-    disabled = {name.strip() for name in os.environ.get("ULTRAZOO_DISABLE_PLUGINS", "").split(",") if name.strip()}
-    manager = pluggy.PluginManager(PROJECT)
-    manager.add_hookspecs(hookspecs)
-    found = sorted(importlib.metadata.entry_points(group=PROJECT), key=lambda entry: (entry.name != "core", entry.name))
-    return [
-        _load(manager, entry)
-        for entry in found
-        if entry.name == "core" or not (entry.name in disabled or "all" in disabled)
-    ]
+    found = [_describe(entry) for entry in importlib.metadata.entry_points(group=PROJECT)]
+    owners: dict[str, Plugin] = {}
+    loaded = []
+    for plugin, entry in sorted(found, key=lambda pair: (not pair[0].built_in, pair[0].distribution, pair[0].name)):
+        done = plugin if plugin.disabled else _load(plugin, entry, owners)
+        owners |= {_namespace(op): done for op in done.ops}
+        loaded.append(done)
+    return loaded
 
 
-def _load(manager: pluggy.PluginManager, entry: importlib.metadata.EntryPoint) -> Plugin:
+def disabled_names() -> set[str]:
+    """What ``ULTRAZOO_DISABLE_PLUGINS`` names."""
+    return {name.strip() for name in os.environ.get(DISABLE, "").split(",") if name.strip()}
+
+
+def _describe(entry: importlib.metadata.EntryPoint) -> tuple[Plugin, importlib.metadata.EntryPoint]:
     plugin = Plugin(
         name=entry.name,
         distribution=entry.dist.name if entry.dist else "unknown",
         version=entry.dist.version if entry.dist else "unknown",
         module=entry.value,
     )
-    module = None
+    named = disabled_names() & {"all", plugin.name, plugin.distribution}
+    return replace(plugin, disabled=bool(named) and not plugin.built_in), entry
+
+
+def _load(plugin: Plugin, entry: importlib.metadata.EntryPoint, owners: dict[str, Plugin]) -> Plugin:
+    """Import a plugin and call its hooks.
+
+    Args:
+        plugin: What is known of it.
+        entry: Its entry point.
+        owners: Namespace of ops -> the plugin that has it already.
+    """
     try:
         module = entry.load()
-        manager.register(module, name=f"{plugin.distribution}:{entry.name}")
-        manager.check_pending()
-        return replace(
-            plugin,
-            ops=_offers(manager, module, "ultrazoo_ops", OpSpec),
-            blocks=_offers(manager, module, "ultrazoo_blocks", BlockSpec),
-            presets=_offers(manager, module, "ultrazoo_presets", PresetSpec),
-        )
-    except Exception as error:  # noqa: BLE001  a plugin is foreign code: whatever it raises is its fault, reported by name
-        if module is not None and manager.is_registered(module):
-            manager.unregister(module)
-        return replace(
-            plugin,
-            error=f"plugin {plugin.name!r} of {plugin.distribution} {plugin.version} is left out: "
-            f"{type(error).__name__}: {error}; update or uninstall {plugin.distribution}",
-        )
+        plugin = replace(plugin, api=api_of(module))
+        offers = offers_of(module)
+        blocks, presets = offers.get("ultrazoo_blocks", ()), offers.get("ultrazoo_presets", ())
+        plugin = replace(plugin, withheld=tuple(spec.name for spec in (*blocks, *presets)))
+        ops = offers.get("ultrazoo_ops", ())
+        _check_namespaces(plugin, ops, owners)
+        return replace(plugin, ops=ops, blocks=blocks, presets=presets, withheld=())
+    # foreign code: whatever it raises is its fault, reported by name; sys.exit() too, but not the user's Ctrl-C
+    except (Exception, SystemExit) as error:  # noqa: BLE001
+        return replace(plugin, reason=_reason(plugin, error))
 
 
-def _offers(manager: pluggy.PluginManager, module: Any, hook: str, kind: type) -> tuple[Any, ...]:
-    """Call one plugin's own implementation of a hook and check what it returns."""
-    others = [other for other in manager.get_plugins() if other is not module]
-    answers = manager.subset_hook_caller(hook, remove_plugins=others)()
-    offered: list[Any] = []
-    for answer in answers:
-        if not isinstance(answer, Iterable):
-            raise TypeError(f"{hook}() returned {type(answer).__name__}, expected a list of {kind.__name__}")
-        offered += answer
-    for item in offered:
-        if not isinstance(item, kind):
-            raise TypeError(f"{hook}() offered {item!r}, expected {kind.__name__}")
-        if isinstance(item, BlockSpec):
-            _check_block(item)
-    return tuple(offered)
+def _check_namespaces(plugin: Plugin, ops: tuple[OpSpec, ...], owners: dict[str, Plugin]) -> None:
+    for op in ops:
+        namespace = _namespace(op)
+        owner = owners.get(namespace)
+        if namespace == PROJECT and not plugin.built_in:
+            raise ValueError(
+                f"op {op.name!r}: the namespace {PROJECT!r} is ultrazoo's own; use another, as in my::scan"
+            )
+        if owner is not None and owner.distribution != plugin.distribution:
+            raise ValueError(f"op {op.name!r}: the namespace {namespace!r} is that of {owner.origin}; use another")
 
 
-def _check_block(spec: BlockSpec) -> None:
-    if spec.kind not in KINDS:
-        raise ValueError(f"block {spec.name!r}: got kind {spec.kind!r}, expected one of {', '.join(KINDS)}")
-    if not (isinstance(spec.config, type) and issubclass(spec.config, BaseModel)):
-        raise TypeError(f"block {spec.name!r}: config must be a pydantic model class, got {spec.config!r}")
+def _namespace(op: OpSpec) -> str:
+    return op.name.split("::")[0]
+
+
+def _reason(plugin: Plugin, error: BaseException) -> str:
+    """In one line: what is wrong with a plugin, where in its code, what to do."""
+    if isinstance(error, OutdatedError):
+        return f"{error}, or uninstall {plugin.distribution}"
+    told = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {told}{_place(error)}; update or uninstall {plugin.distribution}"
+
+
+def _place(error: BaseException) -> str:
+    """Innermost line of the plugin's own code that led to an error; empty for an error of ultrazoo's checks."""
+    frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    between = (Path(__file__).parent, Path(importlib.metadata.__file__).parents[1])  # ultrazoo, importlib
+    theirs = [(path, line) for path, line in frames if path.is_file() and not any(map(path.is_relative_to, between))]
+    if not theirs:
+        return ""
+    home = theirs[0][0].parent
+    inside = [place for place in theirs if place[0].is_relative_to(home)] if (home / "__init__.py").exists() else theirs
+    path, line = inside[-1] if inside is not theirs else theirs[0]
+    return f" ({path}:{line})"

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from ultrazoo.errors import PluginError, UnknownNameError
-from ultrazoo.plugins import Plugin, load_plugins
+from ultrazoo.errors import PluginError, UnknownNameError, did_you_mean
+from ultrazoo.plugins import DISABLE, PUBLISHED, Plugin, disabled_names, load_plugins
 from ultrazoo.spec import BlockSpec, OpSpec, PresetSpec
 
 Spec = TypeVar("Spec", BlockSpec, OpSpec, PresetSpec)
+FIELDS = {"mixer": "layer_pattern", "ffn": "ffn_type", "norm": "norm_type", "embedding": "embedding_type"}
 log = logging.getLogger("ultrazoo")
 
 
@@ -27,31 +30,38 @@ class _Table(Generic[Spec]):
         self.offers.setdefault(spec.name, []).append((spec, plugin))
 
     def get(self, name: str, where: str) -> Spec:
-        offers = self.offers.get(name)
-        if not offers:
-            raise UnknownNameError(where or self.kind, name, self.offers)
+        offers = self.offers[name]
         if len(offers) > 1:
-            owners = " and ".join(plugin.origin for _, plugin in offers)
-            raise PluginError(
-                f"{where or self.kind}: {self.kind} {name!r} is offered by {owners}; uninstall one of them"
-            )
+            raise PluginError(f"{where or self.kind}: {self.clash(name)}")
         return offers[0][0]
+
+    def clash(self, name: str) -> str:
+        owners = " and ".join(plugin.origin for _, plugin in self.offers[name])
+        return f"{self.kind} {name!r} is offered by {owners}; uninstall one of them, or leave it out with {DISABLE}"
+
+    def clashes(self) -> list[str]:
+        return [self.clash(name) for name, offers in self.offers.items() if len(offers) > 1]
 
     def all(self) -> dict[str, Spec]:
         return {name: offers[0][0] for name, offers in sorted(self.offers.items()) if len(offers) == 1}
 
 
 class Registry:
-    """The blocks, ops and presets of all plugins."""
+    """The blocks, ops and presets of all plugins.
+
+    Args:
+        plugins: As ``load_plugins`` returns them; those that do not load offer nothing, and are named where a name
+            that may be theirs is asked for.
+    """
 
     def __init__(self, plugins: list[Plugin]) -> None:
         self.plugins = plugins
-        self._blocks: dict[str, _Table[BlockSpec]] = {kind: _Table(kind) for kind in ("mixer", "ffn", "norm")}
+        self._blocks: _Table[BlockSpec] = _Table("block")
         self._ops: _Table[OpSpec] = _Table("op")
         self._presets: _Table[PresetSpec] = _Table("preset")
         for plugin in plugins:
             for block in plugin.blocks:
-                self._blocks[block.kind].add(block, plugin)
+                self._blocks.add(block, plugin)
             for op in plugin.ops:
                 self._ops.add(op, plugin)
             for preset in plugin.presets:
@@ -66,14 +76,21 @@ class Registry:
             where: Start of the error message, a dotted path.
 
         Raises:
-            UnknownNameError: No plugin offers it.
+            UnknownNameError: No plugin offers it, or it is of another kind.
             PluginError: Two plugins offer it.
         """
-        return self._blocks[kind].get(name, where)
+        known = [other for other, offers in self._blocks.offers.items() if offers[0][0].kind == kind]
+        if name not in self._blocks.offers:
+            raise self._unknown(name, where or kind, known)
+        spec = self._blocks.get(name, where)
+        if spec.kind != kind:
+            cure = f"it is for model.{FIELDS[spec.kind]}; "
+            raise UnknownNameError(where or kind, name, known, cure)
+        return spec
 
     def blocks(self, kind: str) -> dict[str, BlockSpec]:
         """Return every usable block of a kind, by name."""
-        return self._blocks[kind].all()
+        return {name: spec for name, spec in self._blocks.all().items() if spec.kind == kind}
 
     def mixers(self) -> dict[str, BlockSpec]:
         """Return every usable mixer, by name."""
@@ -84,13 +101,16 @@ class Registry:
 
         Raises:
             UnknownNameError: No plugin offers it.
+            PluginError: Two plugins offer it.
         """
-        for table in self._blocks.values():
-            if name in table.offers:
-                return table.get(name, where)
-        raise UnknownNameError(
-            where or "block", name, [name for table in self._blocks.values() for name in table.offers]
-        )
+        if name not in self._blocks.offers:
+            raise self._unknown(name, where or "block", self._blocks.offers)
+        return self._blocks.get(name, where)
+
+    def home_of(self, block: str) -> Plugin:
+        """Return the plugin that offers a block."""
+        self.find_block(block)
+        return self._blocks.offers[block][0][1]
 
     def op(self, name: str, where: str = "") -> OpSpec:
         """Return an op by its full name, ``namespace::name``.
@@ -98,6 +118,8 @@ class Registry:
         Raises:
             UnknownNameError: No plugin offers it.
         """
+        if name not in self._ops.offers:
+            raise self._unknown(name, where or "op", self._ops.offers)
         return self._ops.get(name, where)
 
     def ops(self) -> dict[str, OpSpec]:
@@ -109,7 +131,10 @@ class Registry:
 
         Raises:
             UnknownNameError: No plugin offers it.
+            PluginError: Two plugins offer it.
         """
+        if name not in self._presets.offers:
+            raise self._unknown(name, where or "preset", self._presets.offers)
         return self._presets.get(name, where).path
 
     def presets(self) -> dict[str, PresetSpec]:
@@ -118,15 +143,60 @@ class Registry:
 
     def readers_of(self, field_name: str) -> list[str]:
         """Return the names of the blocks whose options include a field."""
-        tables = self._blocks.values()
-        return sorted(name for t in tables for name, spec in t.all().items() if field_name in spec.config.model_fields)
+        return sorted(name for name, spec in self._blocks.all().items() if field_name in spec.config.model_fields)
+
+    def clashes(self) -> list[str]:
+        """Return a line for each name that two plugins offer."""
+        return [*self._blocks.clashes(), *self._ops.clashes(), *self._presets.clashes()]
+
+    def _unknown(self, name: str, where: str, known: Iterable[str]) -> UnknownNameError:
+        """An error that also names the plugins that would offer the name, or may, if they were there."""
+        absent = [plugin for plugin in self.plugins if plugin.absence]
+        home = PUBLISHED.get(name)
+        sure = [p for p in absent if name in p.withheld or home == p.distribution]
+        if sure:
+            cure = "".join(f"it is offered by {plugin.origin}, which {plugin.absence}; " for plugin in sure)
+        elif home is not None:
+            cure = f"it comes with a plugin: pip install {home}; "
+        else:
+            near = [p for p in absent if name in (p.name, p.distribution, p.distribution.removeprefix("ultrazoo-"))]
+            cure = "".join(f"{plugin.origin} {plugin.absence}; " for plugin in near) or did_you_mean(name, known)
+            others = ", ".join(plugin.origin for plugin in absent if plugin not in near)
+            cure += f"not loaded, so not searched: {others} (see `ultrazoo plugins`); " if others else ""
+        return UnknownNameError(where, name, known, cure)
+
+
+_lock = threading.RLock()
+_loading = False
 
 
 @functools.cache
+def _load() -> Registry:
+    global _loading
+    _loading = True
+    try:
+        plugins = load_plugins()
+    finally:
+        _loading = False
+    zoo = Registry(plugins)
+    for line in [*(plugin.error for plugin in plugins if plugin.error), *zoo.clashes()]:
+        log.warning("%s", line)
+    names = {name for plugin in plugins for name in (plugin.name, plugin.distribution)} | {"all"}
+    for name in sorted(disabled_names() - names):
+        log.warning("%s names %r, which is no installed plugin; %s", DISABLE, name, did_you_mean(name, names))
+    return zoo
+
+
 def registry() -> Registry:
-    """Load the installed plugins, once per process, and return what they offer; broken ones are logged by name."""
-    plugins = load_plugins()
-    for plugin in plugins:
-        if plugin.error:
-            log.warning("%s", plugin.error)
-    return Registry([plugin for plugin in plugins if not plugin.error])
+    """Load the installed plugins, once per process, and return what they offer; broken ones are logged by name.
+
+    Raises:
+        PluginError: A plugin asks for it while it is itself being loaded.
+    """
+    with _lock:
+        if _loading:
+            raise PluginError(
+                "the registry was asked for while plugins load; ask inside a function or a block's __init__, not at "
+                "import and not in a hook"
+            )
+        return _load()

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from torch import nn
 
-BlockKind = Literal["mixer", "ffn", "norm"]
+BlockKind = Literal["mixer", "ffn", "norm", "embedding"]
+KINDS: tuple[BlockKind, ...] = ("mixer", "ffn", "norm", "embedding")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,8 @@ class BlockSpec:
     """A block: its module, the pydantic class of its options, and what the conformance kit must hold it to.
 
     A field of ``config`` that bears the name of a field of the model section takes its value from there; every other
-    field is an option of the block alone, set under ``model.block_options.<name>``.
+    field is an option of the block alone, set under ``model.block_options.<name>`` or, for a mixer, in its place in
+    ``model.layer_pattern``.
     """
 
     name: str
@@ -77,6 +79,8 @@ class BlockSpec:
     state_size: Callable[[Any], int] | None = None
     """Numbers carried from one position to the next per sequence, from the block's config; None means all of them
     (attention keeps every key and value)."""
+    residual: bool = True
+    """Of a mixer: its output is added to its input. False: it replaces it, without dropout."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,8 +32,9 @@ __global__ void __launch_bounds__(kProductThreads)
   const Words* const codes = reinterpret_cast<const Words*>(a.packed) + row_tile * column_tiles * kQuarters + quarter;
   const Integers* const x = reinterpret_cast<const Integers*>(a.integers);
   const int pieces = static_cast<int>(column_tiles), last = static_cast<int>(a.tokens) - 1;
+  constexpr int kUnrolled = kCount == 1 ? 4 : kCount < 8 ? 2 : 1;
   int sum[kCount][4] = {};
-#pragma unroll(kCount == 1 ? 4 : kCount < 8 ? 2 : 1)
+#pragma unroll kUnrolled
   for (int j = threadIdx.x / kQuarters; j < pieces; j += kProductThreads / kQuarters) {
     const Words words = codes[j * kQuarters];
 #pragma unroll

@@ -19,14 +19,18 @@ __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162f
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 
 template <class T>
-__device__ __forceinline__ T from_float(float x) {
-  if constexpr (sizeof(T) == 4) {
-    return x;
-  } else if constexpr (__is_same(T, __half)) {
-    return __float2half(x);
-  } else {
-    return __float2bfloat16(x);
-  }
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16(x);
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half(x);
 }
 
 // Elements that are read and written at once, by 16 bytes where there are as many.

@@ -4,6 +4,13 @@
 // (tile.cuh), 64 tokens by 64 or 128 columns a block of 128 threads, at most 31 KB of shared memory and 128 registers,
 // so that three to four blocks fit on an SM. fp32 sums throughout.
 //
+// Inputs of 16 bits go to tensor cores from sm_80 on (mma.cuh): scores by mma.m16n8k16 of the inputs themselves, the
+// products with scores and states, which are fp32, by mma.m16n8k8 in tf32: nothing overflows in fp16, and what is
+// rounded keeps 11 bits. The same blocks with the same work take 64 tokens at a time by cp.async, in 37 KB (states) and
+// 28 KB (output) of shared memory and 128 registers. Floor on an A100, of the 90 kflop, all but the scores at half of
+// the rate of 16 bits: 0.55 ns; of the 0.77 kB of q, k, v and o: 0.49 ns; and the states, 1 kB written and 1 kB read:
+// 1.3 ns, unless its L2 keeps them. So memory binds. Not timed on a GPU; bench/results/cuda_kernels.md has the model.
+//
 // Two kernels. retention_states walks along each head with the state in registers, one block for each 64 x 64 part of
 // it, and keeps the state that enters each chunk: 4 K V bytes a chunk and direction, written once and read once (131 kB
 // a chunk in all at these sizes, beside 98 kB of q, k, v and o). Where heads are few, walks are cut into spans, which
@@ -49,6 +56,22 @@ struct Spans {
   }
 };
 
+// Whether the device has tensor cores for such inputs, and code for it uses them: kTensorCores.
+template <class T>
+bool by_tensor_cores() {
+  int device = 0, major = 0;
+  return sizeof(T) == 2 && cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 8;
+}
+
+template <class By>
+SharedSize states_shared() {
+  SharedSize shared;
+  shared.add<float>(kTile + 1);
+  for (int side = 0; side < 2; ++side) shared.add<float>(By::kShared / sizeof(float));
+  return shared;
+}
+
 // The op that a launch computes: the inputs in their roles, and which sides of a token it reads.
 template <class T>
 struct Call {
@@ -77,10 +100,7 @@ struct Call {
     s.rightwards = before, s.leftwards = after;
     s.chunks_of_span = static_cast<int>(spans.chunks), s.spans = static_cast<int>(spans.spans);
     s.row_tiles = static_cast<int>(parts(rows)), s.column_tiles = static_cast<int>(parts(columns));
-    SharedSize shared;
-    shared.add<float>(kTile + 1);
-    shared.add<float>(kDepth * kLong<1>);
-    shared.add<float>(kDepth * kLong<1>);
+    const SharedSize shared = by_tensor_cores<T>() ? states_shared<Walk<T, true>>() : states_shared<Walk<T, false>>();
     if (spans.spans > 1)
       if (const Error error = start(retention_states<T, true>, walks() * (spans.spans - 1) * tiles, shared, s))
         return error;
@@ -104,7 +124,7 @@ struct Call {
     s.state_floats = rows * stride, s.stride = static_cast<int>(stride);
     s.vector_state = (turned ? key : value) % 4 == 0;
     if (turned) return output<1, true>(s);
-    return value > kTile ? output<2, false>(s) : output<1, false>(s);
+    return value > kTile && !by_tensor_cores<T>() ? output<2, false>(s) : output<1, false>(s);
   }
 
  private:
@@ -112,9 +132,14 @@ struct Call {
   Error output(const Output<T>& s) const {
     SharedSize shared;
     shared.add<float>(kTile + 1);
-    shared.add<float>(kDepth * kLong<1>);
-    shared.add<float>(kDepth * kLong<kParts>);
-    shared.add<float>(kTile * kLong<1>);
+    if (by_tensor_cores<T>()) {
+      shared.add<unsigned char>(kOutputLeft);
+      shared.add<unsigned char>(kOutputRight);
+    } else {
+      shared.add<float>(kDepth * kLong<1>);
+      shared.add<float>(kDepth * kLong<kParts>);
+      shared.add<float>(kTile * kLong<1>);
+    }
     return start(retention_output<T, kParts, kTurned>, batch * a.heads * s.layout.count, shared, s);
   }
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "retention/documents.cuh"
-#include "retention/tile.cuh"
+#include "retention/mma_states.cuh"
 
 namespace uz::cuda {
 namespace {
@@ -24,15 +24,16 @@ struct States {
 };
 
 // One block walks over the chunks of a span of one head in one direction, with a tile of 64 x 64 of the state in its
-// registers, and loads the next 16 tokens while it adds these. kTotals: it starts from nothing and keeps what leaves
+// registers, and loads the next tokens while it adds these. kTotals: it starts from nothing and keeps what leaves
 // the span, for the blocks of later spans; otherwise it starts from what leaves the spans before and keeps what enters
 // each chunk.
 template <class T, bool kTotals>
 __global__ void __launch_bounds__(kThreads, kBlocks) retention_states(const States<T> a) {
+  using By = Walk<T, kTensorCores<T>>;
   SharedMemory shared;
   float* const power = shared.take<float>(kTile + 1);
-  float* const left = shared.take<float>(kDepth * kLong<1>);
-  float* const right = shared.take<float>(kDepth * kLong<1>);
+  float* const left = shared.take<float>(By::kShared / sizeof(float));
+  float* const right = shared.take<float>(By::kShared / sizeof(float));
 
   const int tiles = a.row_tiles * a.column_tiles, spans = kTotals ? a.spans - 1 : a.spans;
   int64_t block = blockIdx.x;
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) retention_states(const Stat
                      : row.one_document(row.start(one) - 1, row.stop(other));
   };
 
-  Sums<1> sums;
+  typename By::Sums sums;
   sums.zero();
   // The thread's part of what leaves span s.
   const auto total_of = [&](int s) {
@@ -88,15 +89,22 @@ __global__ void __launch_bounds__(kThreads, kBlocks) retention_states(const Stat
   const int64_t first_token = head_and_row / a.layout.heads * a.layout.length;
   const T* const x = a.x + first_token * stride_x + head * a.rows;
   const T* const y = a.y + first_token * stride_y + head * a.columns;
-  Slab<1, false> slab_x, slab_y;
-  // Tokens token .. token + 15 of the chunk at `place`, weighted with the decay to where the state leaves the chunk.
+  typename By::Side slab_x(left), slab_y(right);
+  // The decay from token m of a chunk of n to where the state leaves it.
+  const auto weight = [&](int m, int n) { return power[leftwards ? m : n - 1 - m]; };
+  // Some tokens of the chunk at `place`, from `token` on, plainly with their weights.
   const auto fetch = [&](int place, int token, int last) {
     const int64_t start = row.start(chunk_at(place));
     const int n = row.tokens(chunk_at(place));
     const Matrix<T> keys = {x + start * stride_x, stride_x, a.rows, a.vector_x};
     const Matrix<T> values = {y + start * stride_y, stride_y, a.columns, a.vector_y};
-    slab_x.fetch(keys, token, first_row, last, [&](int m) { return power[leftwards ? m : n - 1 - m]; });
-    slab_y.fetch(values, token, first_column, last, One());
+    if constexpr (kTensorCores<T>) {
+      slab_x.fetch(keys, token, first_row, last);
+      slab_y.fetch(values, token, first_column, last);
+    } else {
+      slab_x.fetch(keys, token, first_row, last, [&](int m) { return weight(m, n); });
+      slab_y.fetch(values, token, first_column, last, One());
+    }
   };
   // The tokens of a chunk whose document reaches its end.
   struct Run {
@@ -118,7 +126,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks) retention_states(const Stat
       const int64_t edge = leftwards ? row.stop(chunk_at(place)) : row.start(chunk_at(place));
       if (row.one_document(edge - 1, edge + 1)) {
         float* const state = a.states + ((walk * (count - 1) + place - 1) * a.rows + first_row) * a.stride;
-        sums.store(state + first_column, a.stride, 0, a.rows - first_row, a.columns - first_column, true);
+        if constexpr (kTensorCores<T>) {
+          sums.store(state + first_column, a.stride, a.rows - first_row, a.stride - first_column);
+        } else {
+          sums.store(state + first_column, a.stride, 0, a.rows - first_row, a.columns - first_column, true);
+        }
       }
     }
     if (place >= added) break;
@@ -130,17 +142,30 @@ __global__ void __launch_bounds__(kThreads, kBlocks) retention_states(const Stat
     Run next = {0, 0};
     if (place + 1 < added) next = run_at(place + 1);
     if (run.first == run.last && next.first < next.last) fetch(place + 1, next.first, next.last);
-    for (int token = run.first; token < run.last; token += kDepth) {
-      __syncthreads();
-      slab_x.put(left);
-      slab_y.put(right);
-      __syncthreads();
-      if (token + kDepth < run.last) {
-        fetch(place, token + kDepth, run.last);
-      } else if (next.first < next.last) {
-        fetch(place + 1, next.first, next.last);
+    for (int token = run.first; token < run.last; token += By::kTokens) {
+      const auto fetch_next = [&] {
+        if (token + By::kTokens < run.last) {
+          fetch(place, token + By::kTokens, run.last);
+        } else if (next.first < next.last) {
+          fetch(place + 1, next.first, next.last);
+        }
+      };
+      if constexpr (kTensorCores<T>) {
+        const Bits *const x_now = slab_x.take(), *const y_now = slab_y.take();
+        wait_for_copies();
+        __syncthreads();  // these tokens are there, and the other half has been used
+        fetch_next();
+        const int n = row.tokens(chunk_at(place)), depth = run.last - token;
+        sums.add(x_now, y_now, depth, a.rows - first_row, a.columns - first_column,
+                 [&](int m) { return m < depth ? weight(token + m, n) : 0.0f; });
+      } else {
+        __syncthreads();
+        slab_x.put(left);
+        slab_y.put(right);
+        __syncthreads();
+        fetch_next();
+        sums.add(left, right);  // rows beyond the run are 0
       }
-      sums.add(left, right);  // rows beyond the run are 0
     }
     run = next;
   }

@@ -1,8 +1,8 @@
 """Plants faults in the CUDA sources and tells which check catches each: python tests/simt/mutations.py [OP ...].
 
 Every op is compiled once for each mode, with all of its faults, which a switch turns on one at a time in a process of
-its own. A fault goes through the modes in the order plain, address, thread until one of them fails. In the plain mode
-threads run in three orders.
+its own; those in a path of tensor cores in a build that takes it, for bf16. A fault goes through the modes in the order
+plain, address, thread until one of them fails. In the plain mode threads run in three orders.
 
 Exit status: 0 at least 90 % are caught, and the same build passes without faults; 3 otherwise.
 """
@@ -10,6 +10,7 @@ Exit status: 0 at least 90 % are caught, and the same build passes without fault
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import re
@@ -26,7 +27,7 @@ import planting
 import simt_build
 import simt_run
 import torch
-from simt_faults import FAULTS
+from simt_faults import FAULTS, MMA_FAULTS
 
 LEAST, FAILED = 0.9, 3
 PATIENCE = 5  # times the CPU seconds that the build takes without a fault, before a fault counts as an endless loop
@@ -36,10 +37,10 @@ extern "C" __attribute__((visibility("default"), used)) inline void simt_set_fau
 """
 
 
-def run(emulated: simt_run.Emulated, mode: str, cases: dict[str, simt_run.Cases]) -> str:
+def run(emulated: simt_run.Emulated, mode: str, cases: dict[str, simt_run.Cases], dtype: torch.dtype) -> str:
     """Return the first failure of one build, with the fault that is on."""
     for spec in emulated.specs:
-        shared, dtype = cases[spec.name], torch.float32
+        shared = cases[spec.name]
         rows = []
         for order in simt_run.ORDERS if mode == "plain" else simt_run.ORDERS[:1]:
             emulated.configure(order)
@@ -52,11 +53,12 @@ def run(emulated: simt_run.Emulated, mode: str, cases: dict[str, simt_run.Cases]
     return ""
 
 
-def worker(folder: str, mode: str, library: Path, numbers: list[int]) -> None:
+def worker(folder: str, mode: str, define: str, library: Path, numbers: list[int]) -> None:
     """Run some faults of an op (0: none), each in a fork, and print a line for each."""
-    emulated = simt_run.Emulated(folder, library)
+    emulated = simt_run.Emulated(folder, library, simt_build.prefix(define))
+    dtype = torch.bfloat16 if define else torch.float32
     emulated.replace_real_kernels()
-    cases = {spec.name: simt_run.cases_of(spec, torch.float32) for spec in emulated.specs}
+    cases = {spec.name: simt_run.cases_of(spec, dtype) for spec in emulated.specs}
     for shared in cases.values():
         assert shared.cases  # computed once, before the forks
     limit = 3600
@@ -69,7 +71,7 @@ def worker(folder: str, mode: str, library: Path, numbers: list[int]) -> None:
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
                 emulated.set_fault(number)
-                failure = run(emulated, mode, cases)
+                failure = run(emulated, mode, cases, dtype)
                 print(f"failure: {failure}" if failure else "passed", flush=True)
                 os._exit(FAILED if failure else 0)
             _, status, used = os.wait4(child, 0)
@@ -93,9 +95,9 @@ def _outcome(status: int, text: str) -> str:
     return f"ended with status {status}: {' '.join(text.split()[-12:])}"
 
 
-def outcomes(folder: str, mode: str, csrc: Path, numbers: list[int]) -> dict[int, str]:
+def outcomes(folder: str, mode: str, csrc: Path, numbers: list[int], define: str) -> dict[int, str]:
     """Run faults of one op in one mode; return what has failed, "" where nothing has."""
-    library = simt_build.compile_op(folder, mode, csrc)
+    library = simt_build.compile_op(folder, mode, csrc, define)
     preload = simt_build.runtime_library(mode)
     if preload is None and simt_build.MODES[mode].preload:
         sys.exit(f"{simt_build.MODES[mode].preload}: not beside {simt_build.compiler()}")
@@ -105,7 +107,7 @@ def outcomes(folder: str, mode: str, csrc: Path, numbers: list[int]) -> dict[int
         variables |= simt_build.environment(mode, log if mode == "thread" else "")
         if preload:
             variables["LD_PRELOAD"] = str(preload)
-        command = [sys.executable, __file__, "--worker", folder, mode, str(library), *map(str, numbers)]
+        command = [sys.executable, __file__, "--worker", folder, mode, define, str(library), *map(str, numbers)]
         result = subprocess.run(command, env={**os.environ, **variables}, stdout=subprocess.PIPE, text=True)
     lines = [line.split("\t") for line in result.stdout.splitlines() if line.count("\t") == 2]
     found = {int(number): failure for number, failure, _ in lines}
@@ -116,7 +118,8 @@ def outcomes(folder: str, mode: str, csrc: Path, numbers: list[int]) -> dict[int
 
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
-        return worker(sys.argv[2], sys.argv[3], Path(sys.argv[4]), [int(number) for number in sys.argv[5:]])
+        folder, mode, define, library, *numbers = sys.argv[2:]
+        return worker(folder, mode, define, Path(library), [int(number) for number in numbers])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", help="folders of csrc; all by default")
     wanted = parser.parse_args().ops or list(dict.fromkeys(fault.op for fault in FAULTS))
@@ -127,11 +130,14 @@ def main() -> None:
         csrc = Path(scratch) / "csrc"
         planting.plant(FAULTS, csrc, SWITCH)
         for folder in wanted:
-            for mode in simt_build.MODES:
-                left = [i for i in chosen if FAULTS[i - 1].op == folder and i not in caught]
-                for number, failure in outcomes(folder, mode, csrc, [0, *left]).items():
+            for define, mode in itertools.product(("", "UZ_SIMT_MMA"), simt_build.MODES):
+                planted = [i for i in chosen if FAULTS[i - 1].op == folder]
+                left = [i for i in planted if (FAULTS[i - 1] in MMA_FAULTS) == bool(define) and i not in caught]
+                if not left and define:
+                    continue
+                for number, failure in outcomes(folder, mode, csrc, [0, *left], define).items():
                     if failure and number == 0:
-                        false_alarms.append(f"{folder}, {mode}: {failure}")
+                        false_alarms.append(f"{folder}, {mode} {define}: {failure}")
                     elif failure:
                         caught[number] = (mode, failure)
             for i in (i for i in chosen if FAULTS[i - 1].op == folder):

@@ -15,9 +15,10 @@ from ultrazoo.bench.records import Task
 from ultrazoo.bench.session import Bench
 from ultrazoo.bench.timing import Case
 from ultrazoo.config import ModelConfig, block_config
+from ultrazoo.errors import ConfigError
 from ultrazoo.ops import kernel_policy
 from ultrazoo.ops.library import Policy
-from ultrazoo.registry import registry
+from ultrazoo.registry import FIELDS, registry
 from ultrazoo.spec import BlockSpec, OpSpec
 
 TOKENS = 2048
@@ -25,7 +26,6 @@ TOKENS = 2048
 WIDTH = 384
 HEAD_WIDTH = 64
 YARDSTICK = "standard_attn"
-FIELDS = {"mixer": "layer_pattern", "ffn": "ffn_type", "norm": "norm_type"}
 
 
 def bench_block(
@@ -42,8 +42,10 @@ def bench_block(
 
     Raises:
         ParityError: An op of the block does not compute what its reference computes.
-        ConfigError: The block refuses the width.
+        ConfigError: The block refuses the width, or is an embedding.
     """
+    if spec.kind == "embedding":
+        raise ConfigError(f"bench {spec.name}: an embedding is not timed alone; time a preset or YAML that uses it")
     ops = [registry().op(name) for name in spec.ops]
     ways = block_ways(ops, bench.device)
     yardstick = YARDSTICK if spec.kind == "mixer" and spec.name != YARDSTICK else None

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ultrazoo import __version__
-from ultrazoo.cli import bench, data, inspect, prove, replay, run, use, zoo
+from ultrazoo.cli import bench, check, data, inspect, plugins, prove, replay, run, scaffold, use, zoo
 from ultrazoo.cli.console import log_to_stderr, print_error, say
 from ultrazoo.errors import UltrazooError
 
@@ -34,7 +34,9 @@ app.command("replay")(replay.replay)
 app.command("list")(zoo.list_)
 app.command("show")(zoo.show)
 app.command("schema")(zoo.schema)
-app.command("plugins")(zoo.plugins)
+app.command("plugins")(plugins.plugins)
+app.command("check")(check.check)
+app.command("new-plugin")(scaffold.new_plugin)
 app.command("parity")(prove.parity)
 app.command("doctor")(prove.doctor)
 app.command("fill-mask")(use.fill_mask)
@@ -57,8 +59,13 @@ def root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    no_plugins: Annotated[
+        bool, typer.Option("--no-plugins", help="Load the built-in plugin alone, here and in every child process.")
+    ] = False,
 ) -> None:
     """Train text encoders from a YAML file, out of blocks that are plugins."""
+    if no_plugins:
+        os.environ["ULTRAZOO_DISABLE_PLUGINS"] = "all"
 
 
 def main() -> None:

@@ -1,13 +1,9 @@
-"""``ultrazoo bench``: times an op, a block or a preset, and compares runs."""
+"""``ultrazoo bench``: times an op, a block or a preset, and compares runs; ``quality`` has a module of its own."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +12,9 @@ import typer
 from typer.core import TyperGroup
 
 from ultrazoo.cli.console import print_json, print_table, say
-from ultrazoo.errors import ConfigError, DataError
+from ultrazoo.cli.measuring import check_clock, check_folders, log_level, quiet_level, show_progress, use_threads
+from ultrazoo.cli.quality import quality
+from ultrazoo.errors import DataError
 
 if TYPE_CHECKING:
     from ultrazoo.bench.session import Bench
@@ -31,7 +29,10 @@ class _NameFirst(TyperGroup):
         return super().parse_args(ctx, args if args and args[0] in self.commands else ["run", *args])
 
 
-app = typer.Typer(cls=_NameFirst, help="Time an op, a block or a preset on this machine, or compare two such runs.")
+app = typer.Typer(
+    cls=_NameFirst,
+    help="Time an op, a block or a preset on this machine, compare two such runs, or hold mixers to synthetic tasks.",
+)
 
 
 def _lengths(sweep: str | None, length: int | None) -> list[int] | None:
@@ -51,9 +52,12 @@ def _lengths(sweep: str | None, length: int | None) -> list[int] | None:
     return [numbers[0] << i for i in range((numbers[1] // numbers[0]).bit_length())]
 
 
+app.command("quality")(quality)
+
+
 @app.command("run")
 def run(
-    name: Annotated[str, typer.Argument(help="An op, a block, a preset, or a YAML file; `compare` compares two runs.")],
+    name: Annotated[str, typer.Argument(help="An op, a block, a preset, or a YAML file; or `compare`, `quality`.")],
     sweep: Annotated[
         str | None, typer.Option(metavar="FIRST..LAST", help="Lengths, doubled from FIRST on; or a list with commas.")
     ] = None,
@@ -63,9 +67,9 @@ def run(
         typer.Option(help="With commas: compiled, reference, torch.compile (slow to prepare), or a baseline's name."),
     ] = None,
     backward: Annotated[bool, typer.Option("--backward", help="Forward and backward together.")] = False,
-    hidden_size: Annotated[int | None, typer.Option(min=1, help="Width of a block.  [default: 384]")] = None,
+    hidden_size: Annotated[int | None, typer.Option(min=1, show_default="384", help="Width of a block.")] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Rows of a call.  [default: 2048 tokens in all; a preset's own]")
+        int | None, typer.Option(min=1, show_default="2048 tokens in all; a preset's own", help="Rows of a call.")
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16; for a preset, mixed precision.")
@@ -88,9 +92,7 @@ def run(
     if dtype not in DTYPES:
         raise typer.BadParameter(f"got {dtype!r}, expected one of {', '.join(DTYPES)}", param_hint="--dtype")
     lengths = _lengths(sweep, length)
-    for option, path in (("--output", output), ("--plot", plot)):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise ConfigError(f"{option}: {path}: the folder {path.resolve().parent} is not there; make it first")
+    check_folders(output, plot)
     import torch
 
     from ultrazoo.bench.crossover import panels
@@ -103,12 +105,12 @@ def run(
 
     what = find(name)
     place = pick_device(device)
+    check_clock(cpu_time, place)
     if plot is not None:
         require_lengths(what, lengths)
     if place.type == "cpu":
         keep_memory()
-    quiet = logging.WARNING if "ULTRAZOO_LOG" not in os.environ else logging.NOTSET
-    with _threads(threads), _progress() as progress:
+    with use_threads(threads), show_progress() as progress:
         machine = describe(place, "cpu" if cpu_time else "wall")
         if machine.is_busy and not cpu_time:
             say(
@@ -127,7 +129,7 @@ def run(
             progress=progress,
         )
         try:
-            with _log_level(quiet):
+            with log_level(quiet_level()):
                 run_bench(bench, what, lengths, hidden_size=hidden_size, batch=batch)
         finally:
             if output is not None and bench.rows:  # also what was measured before an error or Ctrl-C
@@ -194,41 +196,3 @@ def _print(bench: Bench, as_json: bool) -> None:
     print("\n".join(dict.fromkeys(table.legend for table in tables)))
     for title, crossing in crossed:
         print(f"{title}: {crossing}")
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Give torch a number of threads for a while."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _log_level(level: int) -> Iterator[None]:
-    """Keep what the kernels say below a level off the screen: the rows say which of them ran."""
-    logger = logging.getLogger("ultrazoo")
-    before = logger.level
-    logger.setLevel(max(before, level))
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Show what is being measured on a terminal; say nothing elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True, markup=False, highlight=False)
-    if not console.is_terminal:
-        yield lambda text: None
-        return
-    with console.status("checking parity") as status:
-        yield lambda text: status.update(f"measuring {text}")

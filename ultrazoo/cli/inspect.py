@@ -27,6 +27,9 @@ def inspect(
     from ultrazoo.train.inspection import CheckpointReport, inspect_path
 
     report = inspect_path(path)
+    needed = [report] if isinstance(report, CheckpointReport) else report.checkpoints
+    for line in dict.fromkeys(line for found in needed for line in found.missing_plugins):
+        say(f"warning: {line}")
     problems = [report.problem] if isinstance(report, CheckpointReport) and report.problem else []
     if not isinstance(report, CheckpointReport):
         problems = report.problems
@@ -59,7 +62,7 @@ def _print_checkpoint(report: CheckpointReport) -> None:
         ("written", receipt.get("written", "-")),
         ("ultrazoo, torch, Python", ", ".join(str(receipt.get(name, "-")) for name in ("ultrazoo", "torch", "python"))),
         ("packages", _pairs(receipt.get("packages", {}))),
-        ("plugins", _pairs(receipt.get("plugins", {}))),
+        *(("plugin", _plugin(needed)) for needed in report.plugins),
         ("machine", ", ".join(str(receipt[name]) for name in ("platform", "processor") if name in receipt) or "-"),
         ("device", ", ".join(str(receipt[name]) for name in ("device", "device_name") if name in receipt) or "-"),
         ("threads", _number(receipt.get("num_threads"))),
@@ -125,6 +128,11 @@ def _number(value: float | None, form: str = ",") -> str:
 
 def _pairs(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items()) or "none"
+
+
+def _plugin(needed: dict[str, Any]) -> str:
+    blocks = f" ({', '.join(needed['blocks'])})" if needed["blocks"] else ""
+    return f"{needed['distribution']} {needed['version']}{blocks}"
 
 
 def _kernel(kernel: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import typer
 from ultrazoo.cli.console import print_json, print_table, say
 
 if TYPE_CHECKING:
+    from ultrazoo.ops import OpLibrary
     from ultrazoo.testing.measure import Check
 
 PARITY_FAILED = 3
@@ -21,7 +22,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def parity(
-    subject: Annotated[str, typer.Argument(help="An op, a mixer, ops, blocks, or all.")] = "all",
+    subject: Annotated[
+        str, typer.Argument(help="An op (retention, gla::chunk), a mixer, ops, blocks, or all.")
+    ] = "all",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "cpu",
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16 or float16; may be repeated.")] = None,
     isa: Annotated[
@@ -33,14 +36,16 @@ def parity(
 ) -> None:
     """Hold kernels to their references in float64, op by op and in whole models; exit 3 when one fails.
 
-    An op is checked on its compiled kernel, in each instruction set, and on its reference. A mixer is checked by its
-    ops, by the laws of the mixer contract, and by a tiny model, in one step and a training run of 50.
+    An op, ultrazoo's or a plugin's, is checked on its compiled kernel, in each instruction set, and on its reference. A
+    mixer is checked by its ops, by the laws of the mixer contract, and by a tiny model, in one step and a training run
+    of 50.
     """
     import torch
 
     from ultrazoo.errors import ConfigError, UnknownNameError
+    from ultrazoo.ops import kernel_status
     from ultrazoo.registry import registry
-    from ultrazoo.testing.model_parity import check_block
+    from ultrazoo.testing.model_parity import check_block, with_kernels
     from ultrazoo.testing.parity import Cases, backends_of, check_op, isas_of
     from ultrazoo.train.runtime import pick_device
 
@@ -48,11 +53,14 @@ def parity(
         if name not in DTYPES:
             raise ConfigError(f"--dtype: got {name!r}, expected one of {', '.join(DTYPES)}")
     zoo, target = registry(), pick_device(device)
-    ops = {spec.name.partition("::")[2]: spec for spec in zoo.ops().values()}
-    mixers = zoo.mixers()
-    if subject not in (*GROUPS, *ops, *zoo.ops(), *mixers):
-        raise UnknownNameError("parity", subject, [*GROUPS, *ops, *mixers])
-    wanted = [spec for spec in ops.values() if subject in ("all", "ops", spec.name, spec.name.partition("::")[2])]
+    ops, mixers = zoo.ops(), zoo.mixers()
+    short = {name: name.partition("::")[2] for name in ops}
+    if subject not in (*GROUPS, *ops, *short.values(), *mixers):
+        known = [
+            own if namespace == "ultrazoo" else full for full in ops for namespace, _, own in [full.partition("::")]
+        ]
+        raise UnknownNameError("parity", subject, [*GROUPS, *known, *mixers])
+    wanted = [spec for name, spec in ops.items() if subject in ("all", "ops", name, short[name])]
     if subject in mixers:
         wanted = [zoo.op(name) for name in mixers[subject].ops]
     found: list[Check] = []
@@ -61,7 +69,11 @@ def parity(
             say(f"parity: {spec.name} {name}")
             kind: torch.dtype = getattr(torch, name)
             cases = Cases(spec, target, kind)
-            for backend in backends_of(spec, target):
+            backends = backends_of(spec, target)
+            if "compiled" not in backends and with_kernels([spec.name]):
+                status = kernel_status(spec.name, target.type)
+                say(f"parity: {spec.name}: by its reference alone: {status.detail}; {status.fix}")
+            for backend in backends:
                 levels = (isa or isas_of(spec, target)) if backend == "compiled" else [None]
                 for level in levels:
                     first = level == levels[0]
@@ -127,19 +139,21 @@ def _verdict(group: Iterable[Check]) -> str:
 
 
 def doctor(as_json: Json = False) -> None:
-    """Tell what this installation runs: torch, compiler, instruction set, and each op's kernel with the reason."""
+    """Tell what this installation runs: torch, compiler, the kernel libraries, and each op's kernel with the reason."""
     import platform
 
     import torch
 
     import ultrazoo
     from ultrazoo.ops import build
-    from ultrazoo.ops.library import get_kernel_policy, kernel_status
+    from ultrazoo.ops.library import get_kernel_policy, kernel_status, libraries, library_of
     from ultrazoo.ops.loader import cpu_isa, cuda_kernels
     from ultrazoo.registry import registry
 
-    devices = ["cpu", *(["cuda"] if torch.version.cuda or cuda_kernels() else [])]
-    statuses = [kernel_status(name, device) for name in registry().ops() for device in devices]
+    ops = [name for name in registry().ops() if library_of(name)]  # others choose their kernels by themselves
+    own = [_library(library) for library in libraries().values()]
+    devices = ["cpu", *(["cuda"] if torch.version.cuda or any(map(cuda_kernels, libraries())) else [])]
+    statuses = [kernel_status(name, device) for name in ops for device in devices]
     try:
         compiler = build.find_compiler()
     except build.BuildError as error:
@@ -153,14 +167,17 @@ def doctor(as_json: Json = False) -> None:
         "compiler": compiler,
         "instruction set": cpu_isa() or "none: no compiled kernels are loaded",
         "nvcc": _nvcc(),
-        "cuda kernels": _cuda_kernels(),
+        "cuda kernels": _cuda_kernels("ultrazoo"),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else _no_cuda(),
         "kernel policy": get_kernel_policy(),
     }
     if as_json:
-        print_json({**facts, "ops": [asdict(status) for status in statuses]})
+        print_json({**facts, "libraries": own, "ops": [asdict(status) for status in statuses]})
         return
     print_table("Machine", ("", ""), list(facts.items()))
+    print()
+    headers = ("namespace", "of", "ops", "kernels", "cuda kernels", "where, or why not", "fix")
+    print_table("Libraries", headers, [tuple(each.values()) for each in own])
     print()
     rows = [(s.op, s.device, "compiled" if s.compiled else "reference", s.detail, s.fix) for s in statuses]
     print_table("Ops", ("op", "device", "runs", "why", "fix"), rows)
@@ -183,14 +200,30 @@ def _nvcc() -> str:
     return f"{found.nvcc} {found.version}, compiles for {' '.join(found.archs)}"
 
 
-def _cuda_kernels() -> str:
-    """What the CUDA kernels in the library were compiled for, and which GPU here they do not run on."""
-    from ultrazoo.ops import build, nvcc
-    from ultrazoo.ops.loader import cuda_kernels, load
+def _library(library: OpLibrary) -> dict[str, Any]:
+    """One library of ops: whose it is, what its kernels run, and where they are or why there are none."""
+    from ultrazoo.ops import loader
 
-    made, path = cuda_kernels(), load().path
+    loaded = loader.load(library.namespace)
+    isa = loader.cpu_isa(library.namespace)
+    return {
+        "namespace": library.namespace,
+        "of": library.origin,
+        "ops": len(library.ops),
+        "kernels": f"compiled, {isa}" if isa else "references alone",
+        "cuda kernels": _cuda_kernels(library.namespace),
+        "detail": str(loaded.path or loaded.reason),
+        "fix": loaded.fix if library.has_sources else "",
+    }
+
+
+def _cuda_kernels(namespace: str) -> str:
+    """What the CUDA kernels of a library were compiled for, and which GPU here they do not run on."""
+    from ultrazoo.ops import build, loader, nvcc
+
+    made, path = loader.cuda_kernels(namespace), loader.load(namespace).path
     if made is None:
-        why = build.without_cuda(path) if path else None
+        why = build.without_cuda(path, loader.sources_of(namespace)) if path else None
         return f"none: {why}" if why else "none: no compiled kernels are loaded"
     left_out = [device / 10 for device in nvcc.device_archs() if not nvcc.runs_on(made.archs, device)]
     lacking = f"; not for the GPU of capability {left_out[0]} here: set TORCH_CUDA_ARCH_LIST to it" if left_out else ""

@@ -37,6 +37,13 @@ def train(
         bool,
         typer.Option("--dry-run", help="Check the config, build the model, run one row both ways, and stop."),
     ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say where the time of a step goes, and write a trace to the run folder.")
+    ] = False,
+    profile_steps: Annotated[
+        str,
+        typer.Option(metavar="FIRST..LAST", help="Steps for --profile, counted from the start or resume."),
+    ] = "20..22",
 ) -> None:
     """Train an encoder as a YAML file or a preset says."""
     from ultrazoo.config import load_config
@@ -54,8 +61,10 @@ def train(
         _rehearse(loaded.config, run_dir)
         return
     from ultrazoo.train import train as train_model
+    from ultrazoo.train.profile import parse_steps
 
-    train_model(loaded.config, run_dir=run_dir, resume=resume, weights_only=weights_only)
+    steps = parse_steps(profile_steps) if profile else None
+    train_model(loaded.config, run_dir=run_dir, resume=resume, weights_only=weights_only, profile=steps)
 
 
 def resume(

@@ -1,4 +1,4 @@
-"""``ultrazoo list``, ``show``, ``schema`` and ``plugins``: what is installed."""
+"""``ultrazoo list``, ``show`` and ``schema``: what is installed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ultrazoo.cli.console import print_json, print_table, say
+from ultrazoo.cli.plugins import kernels_of
+from ultrazoo.spec import KINDS
 
 if TYPE_CHECKING:
     from ultrazoo.config import ModelConfig
-    from ultrazoo.spec import BlockKind, BlockSpec
+    from ultrazoo.spec import BlockSpec
 
-KINDS: tuple[BlockKind, ...] = ("mixer", "ffn", "norm")
 HEAD_WIDTH = 64
 LAWS_BROKEN = 3
 
@@ -69,7 +70,7 @@ def show(
         "state_size": spec.state_size(config) if spec.state_size else None,
         "model_fields": {name: getattr(config, name) for name in spec.config.model_fields if name not in own},
         "options": {name: {"value": getattr(config, name), "help": field.description} for name, field in own.items()},
-        "kernels": [kernel for op in spec.ops for kernel in _kernels(op)],
+        "kernels": [kernel for op in spec.ops for kernel in kernels_of(op)],
         "laws": _laws(spec, check),
     }
     if as_json:
@@ -83,31 +84,18 @@ def show(
 def _model_around(spec: BlockSpec, width: int) -> ModelConfig:
     """A model section of the given width that uses the block, with heads of about 64 channels."""
     from ultrazoo.config import ModelConfig
+    from ultrazoo.registry import FIELDS
 
     heads = next(count for count in range(max(1, width // HEAD_WIDTH), 0, -1) if width % count == 0)
-    field = {"mixer": "layer_pattern", "ffn": "ffn_type", "norm": "norm_type"}[spec.kind]
     return ModelConfig.model_validate(
         {
             "hidden_size": width,
             "num_heads": heads,
             "retention_heads": heads,
             "ffn_hidden_size": 4 * width,
-            field: [spec.name] if spec.kind == "mixer" else spec.name,
+            FIELDS[spec.kind]: [spec.name] if spec.kind == "mixer" else spec.name,
         }
     )
-
-
-def _kernels(op: str) -> list[dict[str, Any]]:
-    import torch
-
-    from ultrazoo.ops import kernel_status
-
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    found = [kernel_status(op, device) for device in devices]
-    return [
-        {"op": op, "device": status.device, "compiled": status.compiled, "detail": status.detail, "fix": status.fix}
-        for status in found
-    ]
 
 
 def _laws(spec: BlockSpec, check: bool) -> list[dict[str, Any]]:
@@ -140,10 +128,11 @@ def _print_facts(facts: dict[str, Any], hidden_size: int, spec: BlockSpec) -> No
     ]
     measured = any("held" in law for law in facts["laws"])
     laws = [(law["law"], _verdict(law) if measured else law["says"]) for law in facts["laws"]]
+    beside = f" or in its place of the pattern: {{block: {spec.name}, ...}}" if spec.kind == "mixer" else ""
     tables: list[tuple[str, Sequence[str], Iterable[Sequence[Any]]]] = [
         (spec.name, ("", ""), about.items()),
         ("Read from the model section", ("field", "here"), facts["model_fields"].items()),
-        (f"Options, under model.block_options.{spec.name}", ("option", "default", "meaning"), options),
+        (f"Options, under model.block_options.{spec.name}{beside}", ("option", "default", "meaning"), options),
         ("Kernels", ("op", "device", "runs", "why"), kernels),
         ("Laws, measured" if measured else "Laws (--check measures them)", ("", ""), laws),
     ]
@@ -170,34 +159,3 @@ def schema(
     else:
         output.write_text(text, encoding="utf-8")
         say(f"wrote {output}")
-
-
-def plugins(as_json: Json = False) -> None:
-    """List the installed plugins, what each offers, and why a broken one is left out."""
-    from ultrazoo.plugins import load_plugins
-
-    found: list[dict[str, Any]] = [
-        {
-            "name": plugin.name,
-            "distribution": plugin.distribution,
-            "version": plugin.version,
-            "blocks": [spec.name for spec in plugin.blocks],
-            "ops": [spec.name for spec in plugin.ops],
-            "presets": [spec.name for spec in plugin.presets],
-            "error": plugin.error,
-        }
-        for plugin in load_plugins()
-    ]
-    if as_json:
-        print_json(found)
-        return
-    offers = ("blocks", "ops", "presets")
-    headers = ("name", "distribution", "version", *offers)
-    print_table(
-        "Plugins",
-        headers,
-        [[*(p[h] for h in headers[:3]), *("broken" if p["error"] else len(p[o]) for o in offers)] for p in found],
-    )
-    for plugin in found:
-        if plugin["error"]:
-            say(f"warning: {plugin['error']}")

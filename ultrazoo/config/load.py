@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ultrazoo.config import needs
 from ultrazoo.config.model import ModelConfig
+from ultrazoo.config.overrides import apply_override
 from ultrazoo.config.problems import ProblemsError, problems_of
 from ultrazoo.config.training import TrainingConfig
 from ultrazoo.config.yaml import dump_yaml, parse_yaml
-from ultrazoo.errors import ConfigError, UnknownNameError, did_you_mean
+from ultrazoo.errors import ConfigError, did_you_mean
 from ultrazoo.registry import registry
 
 
@@ -24,6 +26,10 @@ class Config(BaseModel):
 
     model_class: Literal["frankenstein", "mini"] = Field(
         "frankenstein", description="mini: factorised embeddings always; frankenstein: as the model section says."
+    )
+    plugins: dict[str, str] = Field(
+        default_factory=dict,
+        description="Distribution -> version of the plugins that the blocks come from; filled in when left out.",
     )
     model: ModelConfig = Field(default_factory=ModelConfig, description="Shape and parts of the encoder.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="Data, optimisation and reports.")
@@ -36,6 +42,15 @@ class Config(BaseModel):
             if isinstance(model, dict):
                 return {**data, "model": {"use_factorized_embedding": True, **model}}
         return data
+
+    @field_validator("plugins")
+    @classmethod
+    def _installed(cls, plugins: dict[str, str]) -> dict[str, str]:
+        lines = [f"plugins.{distribution}: {reason}" for distribution, reason in needs.missing(plugins).items()]
+        if lines:
+            raise ProblemsError(lines)
+        needs.warn_of_others(plugins)
+        return plugins
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -53,6 +68,9 @@ class Config(BaseModel):
             )
         if lines:
             raise ProblemsError(lines)
+        here = needs.versions()
+        # frozen for users; what the model is made of decides
+        self.__dict__["plugins"] = {distribution: here[distribution] for distribution in needs.plugins_of(self.model)}
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,7 +97,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> LoadedConf
 
     Args:
         source: Path of a YAML file, or the name of a preset.
-        overrides: Items such as ``training.batch_size=8``; values are YAML.
+        overrides: Items such as ``training.batch_size=8`` or ``model.layer_pattern[1].d_state=8``; values are YAML.
 
     Raises:
         ConfigError: Every problem of the file and the overrides, one line each.
@@ -93,9 +111,11 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> LoadedConf
     if data is None:
         data = {}
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: got {type(data).__name__}, expected sections model_class, model and training")
+        raise ConfigError(
+            f"{path}: got {type(data).__name__}, expected sections model_class, plugins, model and training"
+        )
     from_file = set(_leaves(data))
-    overridden = [_apply(data, item) for item in overrides]
+    overridden = [apply_override(data, item) for item in overrides]
     config = config_from_dict(data, str(path))
     changed = {
         path for dotted in overridden for path in _leaves(config.to_dict()) if (path + ".").startswith(dotted + ".")
@@ -123,6 +143,7 @@ def config_from_dict(data: Mapping[str, Any], where: str) -> Config:
     except ValidationError as error:
         known: dict[str, Any] = {
             "model_class": {},
+            "plugins": {},
             "model": {key: {} for key in ModelConfig.model_fields},
             "training": {key: {} for key in TrainingConfig.model_fields},
         }
@@ -132,34 +153,17 @@ def config_from_dict(data: Mapping[str, Any], where: str) -> Config:
 
 def _find(source: str | Path) -> Path:
     path = Path(source)
-    if path.exists():
-        if path.is_dir():
-            raise ConfigError(f"{path}: is a folder, expected a YAML file or the name of a preset")
+    if (
+        path.is_dir() and str(source) not in registry().presets()
+    ):  # beside a preset of the same name, the preset is meant
+        raise ConfigError(f"{path}: is a folder, expected a YAML file or the name of a preset")
+    if path.exists() and not path.is_dir():
         return path
     presets = registry().presets()
-    if str(source) in presets:
-        return presets[str(source)].path
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         hint = did_you_mean(path.stem, presets)
         raise ConfigError(f"{path}: no such file; {hint}presets that need no path: {', '.join(presets)}")
-    raise UnknownNameError("config", str(source), presets)
-
-
-def _apply(data: dict[str, Any], item: str) -> str:
-    """Set one ``a.b=value`` in nested data and return its dotted path."""
-    dotted, equals, text = item.partition("=")
-    parts = dotted.strip().split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f"--set {item!r}: expected path=value, for example training.batch_size=8")
-    level = data
-    for depth, part in enumerate(parts[:-1]):
-        if not isinstance(level.get(part), dict):
-            if part in level and level[part] is not None:
-                raise ConfigError(f"--set {item!r}: {'.'.join(parts[: depth + 1])} is a value, not a section")
-            level[part] = {}
-        level = level[part]
-    level[parts[-1]] = parse_yaml(text, f"--set {dotted}")
-    return ".".join(parts)
+    return registry().preset(str(source), "config")
 
 
 def _leaves(data: Mapping[str, Any], prefix: str = "") -> list[str]:

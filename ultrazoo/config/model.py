@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ultrazoo.config.layers import BlockUse, Layer
 from ultrazoo.config.problems import ProblemsError, problems_of
-from ultrazoo.errors import ConfigError, UnknownNameError
+from ultrazoo.errors import ConfigError, PluginError, UnknownNameError, did_you_mean
 from ultrazoo.registry import registry
 from ultrazoo.spec import BlockSpec
 
@@ -22,6 +23,8 @@ SWITCHED = {
     "router_z_loss_coef": "use_moe",
 }
 """Fields that act only when a switch is on."""
+READ_BY_SOME = ("num_heads", "retention_heads", "ode_solver", "ode_steps", "ffn_hidden_size")
+"""Fields that act only where a block in use reads them."""
 
 
 class ModelConfig(BaseModel):
@@ -38,7 +41,11 @@ class ModelConfig(BaseModel):
     num_experts: int = Field(4, ge=1, description="Experts of the mixture; needs use_moe.")
     top_k_experts: int = Field(2, ge=1, description="Experts that each token visits; needs use_moe.")
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout probability of embeddings, blocks and attention.")
-    layer_pattern: tuple[str, ...] = Field(("standard_attn",), min_length=1, description="Mixer of each layer.")
+    layer_pattern: tuple[Layer, ...] = Field(
+        ("standard_attn",),
+        min_length=1,
+        description="Mixer of each layer by name, or with options of its own: {block: NAME, option: value}.",
+    )
     ode_solver: Literal["rk4", "euler"] = Field("rk4", description="Integrator of the ode block.")
     ode_steps: int = Field(2, ge=1, description="Integration steps of the ode block over t in [0, 1].")
     use_bitnet: bool = Field(False, description="BitLinear (b1.58) in place of the blocks' linear layers.")
@@ -54,7 +61,8 @@ class ModelConfig(BaseModel):
     ffn_hidden_size: int = Field(3072, ge=1, description="Inner width of the feed-forward.")
     ffn_activation: Literal["silu", "gelu"] = Field("gelu", description="Activation of the feed-forward.")
 
-    ffn_type: str = Field("mlp", description="Feed-forward block by name; use_moe selects 'moe'.")
+    ffn_type: str = Field("mlp", description="Feed-forward block by name, or none; use_moe selects 'moe'.")
+    embedding_type: str | None = Field(None, description="Embedding block by name, of a plugin; unset: the built-in.")
     tie_word_embeddings: bool = Field(True, description="The output head uses the token embeddings.")
     position_embedding: Literal["none", "learned", "sinusoidal", "rope"] | None = Field(
         None, description="Positions; unset: rope, or none where HoPE serves every layer or no block rotates."
@@ -70,9 +78,35 @@ class ModelConfig(BaseModel):
     )
 
     @property
+    def mixer_names(self) -> tuple[str, ...]:
+        """Name of the mixer at each position of ``layer_pattern``."""
+        return tuple(layer if isinstance(layer, str) else layer.block for layer in self.layer_pattern)
+
+    @property
     def ffn_name(self) -> str:
         """Name of the feed-forward block."""
         return "moe" if self.use_moe else self.ffn_type
+
+    @property
+    def blocks_used(self) -> tuple[tuple[str, str], ...]:
+        """Kind and name of each block that the model is made of, each once."""
+        mixers = [("mixer", name) for name in self.mixer_names]
+        return tuple(dict.fromkeys([*mixers, *self._single_blocks]))
+
+    @property
+    def _single_blocks(self) -> dict[tuple[str, str], str]:
+        """Kind and name of the blocks that all layers share or that there is one of, and the field that names each."""
+        found = {("norm", self.norm_type): "model.norm_type"}
+        if self.ffn_name != "none":
+            found["ffn", self.ffn_name] = "model.ffn_type"
+        if self.embedding_type is not None:
+            found["embedding", self.embedding_type] = "model.embedding_type"
+        return found
+
+    def own_options(self, position: int) -> dict[str, Any]:
+        """Return the options that one position of ``layer_pattern`` sets for itself."""
+        layer = self.layer_pattern[position]
+        return layer.options if isinstance(layer, BlockUse) else {}
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -85,9 +119,12 @@ class ModelConfig(BaseModel):
             unused = not blind or (self.use_hope and blind == hope)
             self.__dict__["position_embedding"] = "none" if unused else "rope"
         lines += self._without_effect(specs)
-        for spec in specs:
+        known = {(str(spec.kind), spec.name): spec for spec in specs}
+        uses = [("mixer", name, position) for position, name in enumerate(self.mixer_names)]
+        for kind, name, position in [*uses, *((*block, None) for block in self._single_blocks)]:
             try:
-                block_config(spec, self)
+                if (kind, name) in known:
+                    block_config(known[kind, name], self, position)
             except ConfigError as error:
                 lines += str(error).splitlines()
         if lines:
@@ -96,15 +133,16 @@ class ModelConfig(BaseModel):
 
     def _known_specs(self, lines: list[str]) -> list[BlockSpec]:
         zoo, found = registry(), []
-        places = [("mixer", name, f"model.layer_pattern[{i}]") for i, name in enumerate(self.layer_pattern)]
-        places += [("ffn", self.ffn_name, "model.ffn_type"), ("norm", self.norm_type, "model.norm_type")]
+        places = [("mixer", name, f"model.layer_pattern[{i}]") for i, name in enumerate(self.mixer_names)]
+        places += [(*block, where) for block, where in self._single_blocks.items()]
         for kind, name, where in places:
             try:
                 found.append(zoo.block(kind, name, where))
-            except UnknownNameError as error:
+            except (UnknownNameError, PluginError) as error:
                 lines.append(str(error))
+        unknown = {name for _, name, _ in places} - {spec.name for spec in found}  # told of above
         for name in self.block_options:
-            if name not in {spec.name for spec in found}:
+            if name not in unknown | {spec.name for spec in found}:
                 lines.append(
                     f"model.block_options.{name}: no layer uses this block, so its options cannot act; "
                     f"blocks in use: {', '.join(sorted({spec.name for spec in found}))}"
@@ -119,19 +157,24 @@ class ModelConfig(BaseModel):
             if getattr(self, switch) and switch not in read:
                 users = registry().readers_of(switch)
                 lines.append(
-                    f"model.{switch}: got true, but no block of layer_pattern {list(self.layer_pattern)} reads it; "
+                    f"model.{switch}: got true, but no block of layer_pattern {list(self.mixer_names)} reads it; "
                     f"set it to false, or use one of: {', '.join(users)}"
                 )
         rope_by_hand = self.position_embedding == "rope" and "position_embedding" in self.model_fields_set
         if rope_by_hand and "position_embedding" not in read:
             lines.append(
-                f"model.position_embedding: got 'rope', but no block of layer_pattern {list(self.layer_pattern)} "
+                f"model.position_embedding: got 'rope', but no block of layer_pattern {list(self.mixer_names)} "
                 "rotates its queries and keys; use learned, sinusoidal or none"
             )
         if self.use_embedding_conv and not self.use_factorized_embedding:
             lines.append(
                 "model.use_embedding_conv: got true with use_factorized_embedding false; the convolution runs on the "
                 "factorised embeddings: set use_factorized_embedding to true (model_class mini does)"
+            )
+        if self.use_embedding_conv and self.embedding_type and "use_embedding_conv" not in read:
+            lines.append(
+                f"model.use_embedding_conv: got true, but embedding_type {self.embedding_type!r} does not read it; "
+                "set it to false, or leave embedding_type unset"
             )
         if self.use_moe and self.ffn_type != "mlp":
             lines.append(
@@ -146,42 +189,63 @@ class ModelConfig(BaseModel):
 
     def notices(self) -> list[str]:
         """Values that were set by hand and have no effect on this model, each with the reason."""
-        specs = [registry().block("mixer", name) for name in self.layer_pattern]
-        specs += [registry().block("ffn", self.ffn_name), registry().block("norm", self.norm_type)]
+        specs = [registry().block(kind, name) for kind, name in self.blocks_used]
         read = {field for spec in specs for field in spec.config.model_fields}
         lines = []
         for field in sorted(self.model_fields_set):
             switch = SWITCHED.get(field)
             if switch and not getattr(self, switch):
                 lines.append(f"model.{field}: has no effect while {switch} is false")
-            elif field in ("num_heads", "retention_heads", "ode_solver", "ode_steps") and field not in read:
+            elif field in READ_BY_SOME and field not in read:
                 users = ", ".join(registry().readers_of(field))
                 lines.append(f"model.{field}: has no effect without one of: {users}")
             elif field == "max_position_embeddings" and self.position_embedding != "learned":
                 lines.append(f"model.{field}: has no effect unless position_embedding is learned")
+        for name, options in self.block_options.items():
+            uses = [self.own_options(i) for i, mixer in enumerate(self.mixer_names) if mixer == name]
+            for option in options:
+                if uses and all(option in own for own in uses):
+                    lines.append(
+                        f"model.block_options.{name}.{option}: has no effect, for every layer of the block sets its own"
+                    )
         return lines
 
 
-def block_config(spec: BlockSpec, model: ModelConfig) -> BaseModel:
-    """Build a block's own options from the model section and ``block_options``.
+def block_config(spec: BlockSpec, model: ModelConfig, position: int | None = None) -> BaseModel:
+    """Build a block's own options from the model section, ``block_options`` and one position of ``layer_pattern``.
+
+    Args:
+        spec: The block.
+        model: The model section.
+        position: Where it stands in ``layer_pattern``, whose own options win; None for no such place.
 
     Raises:
         ConfigError: An option is unknown, out of range, or already given by the model section.
     """
     shared = {name: getattr(model, name) for name in spec.config.model_fields if name in ModelConfig.model_fields}
-    own = model.block_options.get(spec.name, {})
-    where = f"model.block_options.{spec.name}"
-    twice = sorted(set(own) & set(shared))
-    if twice:
-        raise ConfigError(
-            "\n".join(f"{where}.{name}: set it as model.{name}; it is shared by all blocks" for name in twice)
-        )
+    for_block, for_layer = (
+        model.block_options.get(spec.name, {}),
+        {} if position is None else model.own_options(position),
+    )
+    section = f"model.block_options.{spec.name}"
+    homes = dict.fromkeys(for_block, section) | dict.fromkeys(for_layer, f"model.layer_pattern[{position}]")
+    options = [name for name in spec.config.model_fields if name not in shared]
+    lines = []
+    for name, where in homes.items():
+        if name in ModelConfig.model_fields:
+            lines.append(f"{where}.{name}: set it as model.{name}; it is shared by all blocks")
+        elif name not in options and spec.config.model_config.get("extra") != "allow":
+            known = ", ".join(sorted(options)) or "none"
+            lines.append(f"{where}.{name}: unknown field; {did_you_mean(name, options)}known: {known}")
+    if lines:
+        raise ConfigError("\n".join(lines))
     try:
-        return spec.config(**shared, **own)
+        return spec.config(**shared, **{**for_block, **for_layer})
     except ValidationError as error:
-        options = [name for name in spec.config.model_fields if name not in shared]
 
         def prefix(loc: tuple[int | str, ...]) -> str:
-            return where if loc and loc[0] not in shared else "model" if loc else f"model ({spec.name})"
+            if not loc:
+                return f"model ({spec.name})" if not for_layer else f"model.layer_pattern[{position}] ({spec.name})"
+            return "model" if loc[0] in shared else homes.get(str(loc[0]), section)
 
         raise ConfigError("\n".join(problems_of(error, prefix, options))) from error

@@ -32,7 +32,10 @@ def problems_of(
         known: Names allowed at the level of ``prefix``, for suggestions; or a nested mapping of them.
     """
     lines: list[str] = []
-    for item in error.errors(include_url=False):
+    found = error.errors(include_url=False)
+    for item in found:
+        if item["type"] == "too_short" and any(item["loc"] == other["loc"][:-1] for other in found):
+            continue  # too short only for want of the items that are told of one by one
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, ProblemsError):
             lines += cause.lines

@@ -85,6 +85,7 @@ class TrainingConfig(BaseModel):
     gradient_checkpointing: bool = Field(
         False, description="Keep only the input of each layer, and run the layer again in the backward pass."
     )
+    compile: bool = Field(False, description="Layers through torch.compile; measure before you leave it on.")
     distributed: Literal["auto", "ddp", "fsdp"] = Field(
         "auto",
         description="Under torchrun: a replica in each process (auto, ddp) or a shard of every tensor (fsdp).",
@@ -126,6 +127,11 @@ class TrainingConfig(BaseModel):
             lines.append(
                 "training.use_galore: got true with distributed fsdp, whose shards of a gradient have no singular "
                 "value decomposition; set distributed to ddp, or use_galore to false"
+            )
+        if self.compile and self.gradient_checkpointing:
+            lines.append(
+                "training.compile: got true with gradient_checkpointing, whose layers run twice; expected one of the "
+                "two; set the other to false"
             )
         if lines:
             raise ProblemsError(lines)

@@ -112,7 +112,7 @@ def _finished(aside: Path) -> list[dict[str, Any]]:
 
 
 class _ShardWriter:
-    """Writes runs of whole row groups as one shard each; memory holds the offsets of one shard."""
+    """Writes runs of whole row groups as one shard each; memory holds one window of rows."""
 
     def __init__(
         self,
@@ -145,10 +145,10 @@ class _ShardWriter:
         counts = np.zeros(self.vocabulary, np.int64)
         skipped: Counter[str] = Counter()
         damage: dict[str, str] = {}
-        lengths = [np.zeros(1, np.int64)]
         total = size = 0
         unit = first
-        with (self.folder / names["tokens"]).open("wb") as file:
+        with (self.folder / names["tokens"]).open("wb") as file, (self.folder / names["offsets"]).open("wb") as edges:
+            edges.write(np.zeros(1, np.int64).tobytes())
             while unit < len(self.source.units) and total < SHARD_TOKENS:
                 for span in self._spans(unit):
                     texts = self.reader.read(span, None, skipped, damage)
@@ -158,16 +158,16 @@ class _ShardWriter:
                     counts += np.bincount(ids, minlength=self.vocabulary)
                     row_lengths = np.zeros(len(texts), np.int64)
                     row_lengths[[text is not None for text in texts]] = sizes
-                    lengths.append(row_lengths)
+                    edges.write((total + np.cumsum(row_lengths)).tobytes())
                     added = sum(len(text.encode()) for text in usable)
                     total, size = total + len(ids), size + added
                     self.progress.add(len(texts), added)
                 unit += 1
             _flush(file)
-        for name, array in (("offsets", np.cumsum(np.concatenate(lengths))), ("counts", counts)):
-            with (self.folder / names[name]).open("wb") as file:
-                file.write(array.tobytes())
-                _flush(file)
+            _flush(edges)
+        with (self.folder / names["counts"]).open("wb") as file:
+            file.write(counts.tobytes())
+            _flush(file)
         facts = {"num_tokens": total, "bytes": size, "skipped": dict(skipped), "damage": damage}
         return {**names, "units": [first, unit], **facts}
 

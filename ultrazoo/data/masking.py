@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ultrazoo.data.randomness import U64, draws, uniform
+from ultrazoo.data.randomness import U64, draws
 from ultrazoo.data.tokenizer import Vocabulary
 from ultrazoo.errors import ConfigError
 
@@ -89,6 +90,8 @@ class Masker:
 
     def __init__(self, vocabulary: Vocabulary, probability: float, words: WordTable | None = None) -> None:
         self.probability, self.words = probability, words
+        self._below = np.uint64(math.ceil(probability * 2**53) << 11)
+        """A draw is below it as often as its upper 53 bits, as a fraction, are below ``probability``."""
         self._mask_id = vocabulary.mask
         self._is_special = vocabulary.is_special
         self._ordinary = np.flatnonzero(~vocabulary.is_special)
@@ -103,20 +106,23 @@ class Masker:
             segments: (B, L), 0 at padding.
             states: (B,) random stream of each row; nothing else is random.
         """
-        columns = np.arange(ids.shape[1])
-        chance = uniform(draws(states[:, None], columns))
+        length = ids.shape[1]
+        columns = np.arange(length)
+        bits = draws(states[:, None], columns)
         if self.words is not None:
             first = np.where(self.words.word_starts(ids, segments), columns, 0)
-            chance = np.take_along_axis(chance, np.maximum.accumulate(first, axis=1), axis=1)
-        target = (chance < self.probability) & (segments > 0) & ~self._is_special[ids]
-        row, column = np.nonzero(target)
+            bits = np.take_along_axis(bits, np.maximum.accumulate(first, axis=1), axis=1)
+        place = np.flatnonzero(bits < self._below)  # in the flattened (B, L), as all that follows
+        original = ids.reshape(-1)[place].astype(np.int64)
+        chosen = (segments.reshape(-1)[place] > 0) & ~self._is_special[original]
+        place, original = place[chosen], original[chosen]
         inputs = ids.astype(np.int64)
-        original = inputs[row, column]
         labels = np.full_like(inputs, NOT_A_TARGET)
-        labels[row, column] = original
+        labels.reshape(-1)[place] = original
+        row, column = np.divmod(place, length)
         bits = draws(states[row], column + SECOND_STREAM)
         action = (bits >> np.uint64(32)).astype(np.float64) * 2.0**-32
         pick = ((bits & np.uint64(0xFFFFFFFF)) * np.uint64(len(self._ordinary))) >> np.uint64(32)
         hidden = np.where(action < MASKED, self._mask_id, self._ordinary[pick])
-        inputs[row, column] = np.where(action < REPLACED, hidden, original)
+        inputs.reshape(-1)[place] = np.where(action < REPLACED, hidden, original)
         return inputs, labels

@@ -14,9 +14,12 @@ U64 = NDArray[np.uint64]
 
 def mix(x: U64) -> U64:
     """Return SplitMix64's output for each state in ``x``, a bijection of 64-bit numbers."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = x ^ (x >> np.uint64(30))
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
 
 
 def key(*parts: int) -> int:
@@ -32,11 +35,6 @@ def draws(state: int | U64, positions: NDArray[Any]) -> U64:
     """Return the draws of the stream(s) ``state`` at ``positions``; the two shapes broadcast."""
     base = np.uint64(state) if isinstance(state, int) else state
     return mix(base + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN))
-
-
-def uniform(bits: U64) -> NDArray[np.float64]:
-    """Return floats in [0, 1) from 64-bit draws."""
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permutation(count: int, *parts: int) -> NDArray[np.int64]:

@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from ultrazoo.ops.attention.op import attention
     from ultrazoo.ops.bitlinear.op import bitlinear, bitlinear_packed, pack_ternary
     from ultrazoo.ops.dropout.op import dropout
-    from ultrazoo.ops.library import kernel_policy, kernel_status, set_kernel_policy
+    from ultrazoo.ops.library import OpLibrary, kernel_policy, kernel_status, set_kernel_policy
     from ultrazoo.ops.retention.op import retention
     from ultrazoo.ops.rk4.op import rk4_combine, rk4_stage
     from ultrazoo.ops.selective_scan.op import selective_scan
 
 _HOMES = {
+    "OpLibrary": "library",
     "attention": "attention.op",
     "bitlinear": "bitlinear.op",
     "bitlinear_packed": "bitlinear.op",
@@ -32,6 +33,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "OpLibrary",
     "attention",
     "bitlinear",
     "bitlinear_packed",

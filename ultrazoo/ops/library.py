@@ -1,6 +1,7 @@
-"""The operator library: how an op is defined, and which kernel runs when it is called.
+"""The operator libraries: how an op is defined, and which kernel runs when it is called.
 
-To add the op ``foo``:
+``OpLibrary`` is a namespace of ops with their compiled kernels; ultrazoo's own is ``ultrazoo``, a plugin makes one for
+itself (docs/plugin-kernels.md). To add the op ``foo`` to ultrazoo:
 
 1. ``ops/foo/reference.py`` holds the mathematics in plain torch, forward and (for a differentiable op) backward.
 2. ``ops/foo/op.py`` hands both to ``define``: first ``foo_backward(...)``, then ``foo(...)``, whose ``backward``
@@ -25,44 +26,61 @@ with TORCHINDUCTOR_FORCE_DISABLE_CACHES=1.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import logging
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from ultrazoo.errors import ConfigError, KernelUnavailableError, UnknownNameError, did_you_mean
-from ultrazoo.ops import build, loader
+from ultrazoo.errors import KernelUnavailableError, PluginError
+from ultrazoo.ops import loader, policy, status
+from ultrazoo.ops.build import BUILT_IN
+from ultrazoo.ops.policy import Policy, get_kernel_policy, kernel_policy, set_kernel_policy
+from ultrazoo.ops.status import KernelStatus
 
-Policy = Literal["auto", "compiled", "reference"]
-NAMESPACE = "ultrazoo"
+__all__ = [
+    "KernelStatus",
+    "Op",
+    "OpLibrary",
+    "Policy",
+    "define",
+    "get_kernel_policy",
+    "kernel_policy",
+    "kernel_status",
+    "libraries",
+    "library_of",
+    "set_kernel_policy",
+]
+
+NAMESPACE = BUILT_IN
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 log = logging.getLogger("ultrazoo")
 
-_policy: str = os.environ.get("ULTRAZOO_KERNELS") or "auto"
-_torch_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_libraries: dict[str, OpLibrary] = {}
 _ops: dict[str, Op] = {}
+"""Every op by its full name."""
 _announced: set[tuple[str, str, str, bool]] = set()
 
 
 class Op:
-    """``ultrazoo::name``; calling it runs the compiled kernel or the reference, as the kernel policy says."""
+    """``namespace::name``; calling it runs the compiled kernel or the reference, as the kernel policy says."""
 
-    def __init__(self, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
-        self.name = name
-        self.qualname = f"{NAMESPACE}::{name}"
+    def __init__(self, namespace: str, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
+        self.namespace, self.name = namespace, name
+        self.qualname = f"{namespace}::{name}"
         self.dtypes = dtypes
-        packet = getattr(getattr(torch.ops, NAMESPACE), name)
+        packet = getattr(getattr(torch.ops, namespace), name)
         self.default: Callable[..., Any] = packet.default
         self.reference: Callable[..., Any] = packet.reference
 
     def __call__(self, *args: Any) -> Any:
         lead: torch.Tensor = args[0]
-        by_reference = _policy == "reference" or lead.dtype not in self.dtypes
-        if by_reference and _policy == "compiled":
+        by_reference = policy.current == "reference" or lead.dtype not in self.dtypes
+        if by_reference and policy.current == "compiled":
             raise KernelUnavailableError(
                 f"{self.qualname}: no compiled kernel for {lead.dtype}, expected one of {self.dtypes}; "
                 "use kernels: auto, or another dtype"
@@ -81,7 +99,7 @@ class Op:
         Raises:
             KernelUnavailableError: the policy is ``compiled`` and the op or its backward has no kernel.
         """
-        key = (self.name, device, _policy, by_reference)
+        key = (self.qualname, device, policy.current, by_reference)
         if key in _announced or device == "meta":
             return
         where = f"kernels: {self.qualname} on {device}"
@@ -89,70 +107,146 @@ class Op:
             why = "asked for" if get_kernel_policy() == "reference" else f"the kernels take {self.dtypes}"
             log.info("%s runs the reference: %s", where, why)
         else:
-            status = kernel_status(self.name, device)
-            if not status.compiled and _policy == "compiled":
-                raise KernelUnavailableError(f"{where}: compiled was asked for, but {status.detail}; {status.fix}")
-            if status.compiled:
-                log.info("%s runs compiled: %s", where, status.detail)
-            elif loader.load().path is None:
-                _warn_without_library(status.detail, status.fix)
-            elif device == "cuda" and loader.cuda_kernels() is None:
-                _warn_without_library(status.detail, status.fix, " on cuda")
+            found = kernel_status(self.qualname, device)
+            if not found.compiled and policy.current == "compiled":
+                raise KernelUnavailableError(f"{where}: compiled was asked for, but {found.detail}; {found.fix}")
+            if found.compiled:
+                log.info("%s runs compiled: %s", where, found.detail)
+            elif not _libraries[self.namespace].has_sources:
+                log.info("%s runs the reference: %s", where, found.detail)
+            elif loader.load(self.namespace).path is None:
+                _warn_without_library(self.namespace, found.detail, found.fix)
+            elif device == "cuda" and loader.cuda_kernels(self.namespace) is None:
+                _warn_without_library(self.namespace, found.detail, found.fix, " on cuda")
             else:
-                log.warning("%s runs the reference: %s", where, status.detail)
+                log.warning("%s runs the reference: %s", where, found.detail)
         _announced.add(key)
 
 
 @functools.cache
-def _warn_without_library(reason: str, fix: str, where: str = "") -> None:  # one line, however many ops ask
-    log.warning("kernels: every op runs its reference%s: %s; %s", where, reason, fix)
+def _warn_without_library(namespace: str, reason: str, fix: str, where: str = "") -> None:
+    """One line, however many ops ask."""
+    log.warning("kernels: every op of %s runs its reference%s: %s; %s", namespace, where, reason, fix)
 
 
-def define(
-    schema: str,
-    reference: Callable[..., Any],
-    *,
-    fake: Callable[..., Any],
-    setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
-    backward: Callable[..., Any] | None = None,
-    dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES,
-) -> Op:
-    """Define ``ultrazoo::<schema>`` and its twin, with the reference as the default kernel of both.
+class OpLibrary:
+    """The ops of one namespace, with the kernels that are compiled for them.
 
-    Args:
-        schema: For example ``"foo(Tensor x, float a) -> Tensor"``.
-        reference: Computes the op in plain torch, for any device and dtype.
-        fake: Returns empty outputs of the right shape, dtype and strides.
-        setup_context: ``(ctx, inputs, output)``, saves what ``backward`` needs.
-        backward: ``(ctx, *grads)``, returns one gradient per argument of the schema (None where there is none);
-            ``ctx.backward_op`` is the op ``<name>_backward``, if defined, of the kind that ran forward.
-        dtypes: Dtypes of the first argument that compiled kernels take; others run the reference.
+    The kernels are found or built when an op is first called, and loaded into the process beside those of the other
+    libraries. Where that fails, the ops run their references, and one warning says why and what to do.
     """
-    name, arguments = schema.split("(", 1)
-    for full_name in (name, f"{name}.reference"):
-        _torch_library.define(f"{full_name}({arguments}", tags=(torch.Tag.pt2_compliant_tag,))
-    op = _ops[name] = Op(name, dtypes)
 
-    def default_kernel(*args: Any) -> Any:
-        device = args[0].device.type
-        had_kernel = op.has_kernel(device)
-        op.prepare(device)
-        if op.has_kernel(device) and not had_kernel:  # loaded just now: take it
-            return op.default(*args)
-        return reference(*args)
+    def __init__(self, namespace: str, *, sources: Path | str | None = None) -> None:
+        """Make a library.
 
-    _torch_library.impl(name, default_kernel, "CompositeExplicitAutograd")
-    _torch_library.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
-    for full_name, kind in ((name, "default"), (f"{name}.reference", "reference")):
-        torch.library.register_fake(f"{NAMESPACE}::{full_name}", fake, lib=_torch_library)
-        if backward is not None:
-            torch.library.register_autograd(
-                f"{NAMESPACE}::{full_name}",
-                backward,
-                setup_context=_with_backward_op(setup_context, f"{name}_backward", kind),
-                lib=_torch_library,
+        Args:
+            namespace: Of the ops, such as ``gla`` for ``gla::chunk``; no other distribution may use it.
+            sources: Folder of kernel sources, laid out as ultrazoo's csrc/ is; None: the ops have references alone.
+
+        Raises:
+            PluginError: The namespace is no identifier, or another distribution uses it.
+        """
+        self.namespace = namespace
+        self.owner = str(sys._getframe(1).f_globals.get("__name__", "unknown"))
+        """The module that made the library."""
+        self.sources = Path(sources) if sources is not None else None
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", namespace):
+            raise PluginError(f"{self.origin}: op namespace: got {namespace!r}, expected small letters, digits and _")
+        before = _libraries.get(namespace)
+        if before is not None and before.owner != self.owner:
+            cure = "uninstall one of them, or give its ops another namespace"
+            if before.owner.partition(".")[0] == self.owner.partition(".")[0]:
+                cure = "make one OpLibrary, and import it in the other module"
+            raise PluginError(
+                f"op namespace {namespace!r} belongs to {before.origin}; {self.origin} wants it too: {cure}"
             )
-    return op
+        if before is not None:  # the module is run again
+            before.forget()
+        elif any(name.startswith(f"{namespace}::") for name in torch._C._dispatch_get_all_op_names()):
+            raise PluginError(
+                f"{self.origin}: op namespace {namespace!r} has ops of another library; take another name"
+            )
+        if namespace != BUILT_IN:
+            loader.declare(namespace, self.sources)
+        self._torch_library = torch.library.Library(namespace, "FRAGMENT")
+        _libraries[namespace] = self
+
+    @property
+    def has_sources(self) -> bool:
+        """True when there are kernels to compile."""
+        return self.sources is not None or self.namespace == BUILT_IN
+
+    @property
+    def ops(self) -> dict[str, Op]:
+        """The ops, by full name, backwards included."""
+        return {name: op for name, op in _ops.items() if op.namespace == self.namespace}
+
+    @property
+    def origin(self) -> str:
+        """The distribution whose module made the library, as error messages name it."""
+        package = self.owner.partition(".")[0]
+        names = importlib.metadata.packages_distributions().get(package, ())
+        found = " or ".join(f"{name} {importlib.metadata.version(name)}" for name in sorted(set(names)))
+        return f"{found} (module {self.owner})" if found else f"module {self.owner}"
+
+    def forget(self) -> None:
+        """Take the library and its ops out of torch."""
+        for name in self.ops:
+            del _ops[name]
+        self._torch_library._destroy()
+        del _libraries[self.namespace]
+
+    def define(
+        self,
+        schema: str,
+        reference: Callable[..., Any],
+        *,
+        fake: Callable[..., Any],
+        setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
+        backward: Callable[..., Any] | None = None,
+        dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES,
+    ) -> Op:
+        """Define ``namespace::<schema>`` and its twin, with the reference as the default kernel of both.
+
+        Args:
+            schema: For example ``"foo(Tensor x, float a) -> Tensor"``.
+            reference: Computes the op in plain torch, for any device and dtype.
+            fake: Returns empty outputs of the right shape, dtype and strides.
+            setup_context: ``(ctx, inputs, output)``, saves what ``backward`` needs.
+            backward: ``(ctx, *grads)``, returns one gradient per argument of the schema (None where there is none);
+                ``ctx.backward_op`` is the op ``<name>_backward``, if defined, of the kind that ran forward.
+            dtypes: Dtypes of the first argument that compiled kernels take; others run the reference.
+
+        Raises:
+            PluginError: The schema names an op of another namespace.
+        """
+        name, _, arguments = schema.partition("(")
+        if "::" in name:
+            raise PluginError(f"{self.origin}: got schema {schema!r}, expected a name without namespace: it is given")
+        for full_name in (name, f"{name}.reference"):
+            self._torch_library.define(f"{full_name}({arguments}", tags=(torch.Tag.pt2_compliant_tag,))
+        op = _ops[f"{self.namespace}::{name}"] = Op(self.namespace, name, dtypes)
+
+        def default_kernel(*args: Any) -> Any:
+            device = args[0].device.type
+            had_kernel = op.has_kernel(device)
+            op.prepare(device)
+            if op.has_kernel(device) and not had_kernel:  # loaded just now: take it
+                return op.default(*args)
+            return reference(*args)
+
+        self._torch_library.impl(name, default_kernel, "CompositeExplicitAutograd")
+        self._torch_library.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
+        for full_name, kind in ((op.qualname, "default"), (f"{op.qualname}.reference", "reference")):
+            torch.library.register_fake(full_name, fake, lib=self._torch_library)
+            if backward is not None:
+                torch.library.register_autograd(
+                    full_name,
+                    backward,
+                    setup_context=_with_backward_op(setup_context, f"{op.qualname}_backward", kind),
+                    lib=self._torch_library,
+                )
+        return op
 
 
 def _with_backward_op(
@@ -167,83 +261,24 @@ def _with_backward_op(
     return setup
 
 
-def set_kernel_policy(policy: str | None) -> None:
-    """Choose the kernels of every later call; None goes back to ``ULTRAZOO_KERNELS``, or else to ``auto``."""
-    global _policy
-    _policy = _checked(policy or os.environ.get("ULTRAZOO_KERNELS") or "auto", "kernels")
+def libraries() -> dict[str, OpLibrary]:
+    """Return every library made in this process, by namespace: ultrazoo's and those of the plugins that are loaded."""
+    return dict(_libraries)
 
 
-def get_kernel_policy() -> str:
-    """Return the policy in force."""
-    return _checked(_policy, "ULTRAZOO_KERNELS")
-
-
-@contextmanager
-def kernel_policy(policy: Policy) -> Iterator[None]:
-    """Run a block under another kernel policy; a backward follows the forward that it belongs to."""
-    before = _policy
-    set_kernel_policy(policy)
-    try:
-        yield
-    finally:
-        set_kernel_policy(before)
-
-
-def _checked(policy: str, where: str) -> str:
-    if policy not in get_args(Policy):
-        raise ConfigError(
-            f"{where}: got {policy!r}, expected one of {', '.join(get_args(Policy))}; "
-            f"{did_you_mean(policy, get_args(Policy))}".rstrip("; ")
-        )
-    return policy
-
-
-@dataclass(frozen=True, kw_only=True)
-class KernelStatus:
-    """What an op runs on a device type under the ``auto`` policy."""
-
-    op: str
-    device: str
-    compiled: bool
-    backward_compiled: bool | None
-    """None for an op without a backward op of its own."""
-    detail: str
-    """The library and instruction set, or the reason why there is no kernel."""
-    fix: str
-
-
-def _code(device: str) -> str:
-    """What the kernels of a device are compiled for."""
-    if device == "cpu":
-        return f"{loader.cpu_isa()}, "
-    made = loader.cuda_kernels() if device == "cuda" else None
-    return f"CUDA {made.nvcc} for {' '.join(made.archs)}, " if made else ""
+def library_of(op: str) -> OpLibrary | None:
+    """Return the library that defined an op, by its full name; None for an op that none defined."""
+    return _libraries[_ops[op].namespace] if op in _ops else None
 
 
 def kernel_status(op: str, device: str) -> KernelStatus:
-    """Load the kernels and tell which of them an op, such as ``"ultrazoo::retention"``, has on a device type."""
+    """Load the kernels and tell which of them an op, such as ``"ultrazoo::retention"``, has on a device type.
+
+    Raises:
+        UnknownNameError: No library has that op.
+    """
     get_kernel_policy()  # a wrong ULTRAZOO_KERNELS is an error here, before a build
-    name = op.removeprefix(f"{NAMESPACE}::")
-    if name not in _ops:
-        raise UnknownNameError("op", op, (f"{NAMESPACE}::{known}" for known in _ops))
-    loaded = loader.load()
-    forward = _ops[name].has_kernel(device)
-    backward = _ops[f"{name}_backward"].has_kernel(device) if f"{name}_backward" in _ops else None
-    lacks_cuda = build.without_cuda(loaded.path) if device == "cuda" and loaded.path else None
-    if forward and backward is not False:
-        detail, fix = f"{_code(device)}{loaded.path}", ""
-    elif lacks_cuda is not None:
-        detail, fix = lacks_cuda.reason, lacks_cuda.fix
-    elif loaded.path:
-        detail = f"{loaded.path} has no {device} kernel for {'its backward' if forward else 'it'}"
-        fix = "use kernels: auto"
-    else:
-        detail, fix = loaded.reason, loaded.fix
-    return KernelStatus(
-        op=f"{NAMESPACE}::{name}",
-        device=device,
-        compiled=forward and backward is not False,
-        backward_compiled=backward,
-        detail=detail,
-        fix=fix,
-    )
+    return status.of_op(op if "::" in op else f"{BUILT_IN}::{op}", device, _ops)
+
+
+define = OpLibrary(BUILT_IN).define

@@ -1,4 +1,7 @@
-"""Loads the library of compiled kernels, once per process, and names the instruction set that its CPU kernels use."""
+"""Loads the libraries of compiled kernels, each once per process, and names the instruction set of their CPU kernels.
+
+There is one library for each namespace of ops: ultrazoo's own, and that of every plugin that has kernel sources.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,14 @@ import torch
 
 from ultrazoo.errors import KernelUnavailableError
 from ultrazoo.ops import build
+from ultrazoo.ops.build import BUILT_IN
 
 log = logging.getLogger("ultrazoo")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """The kernel library, or the reason why there is none and what the user can do."""
+    """A kernel library, or the reason why there is none and what the user can do."""
 
     path: Path | None = None
     handle: ctypes.CDLL | None = None
@@ -28,62 +32,102 @@ class Loaded:
     fix: str = ""
 
 
-_loaded: Loaded | None = None
+_sources: dict[str, Path | None] = {}
+_loaded: dict[str, Loaded] = {}
+_chosen_isa = ""
 _lock = threading.Lock()
 
 
-def load() -> Loaded:
-    """Find or build the library and load it; a later call returns what the first one found."""
-    global _loaded
+def declare(namespace: str, sources: Path | None) -> None:
+    """Say where the kernels of a plugin's namespace have their sources; None: there are none to compile."""
+    _sources[namespace] = sources
+    _loaded.pop(namespace, None)
+
+
+def sources_of(namespace: str) -> Path | None:
+    """Return the folder of a namespace's kernel sources; None where there are none to compile."""
+    return build.find_sources() if namespace == BUILT_IN else _sources.get(namespace)
+
+
+def load(namespace: str = BUILT_IN) -> Loaded:
+    """Find or build the library of a namespace and load it; a later call returns what the first one found."""
     with _lock:
-        if _loaded is None:
-            _loaded = _load()
-        return _loaded
+        if namespace not in _loaded:
+            _loaded[namespace] = found = _load(namespace)
+            if found.handle is not None and _chosen_isa:
+                found.handle.ultrazoo_set_cpu_isa(_chosen_isa.encode())
+        return _loaded[namespace]
 
 
-def _load() -> Loaded:
+def _load(namespace: str) -> Loaded:
+    of, sources = None, _sources.get(namespace)
+    if namespace != BUILT_IN:
+        if sources is None:
+            return Loaded(reason=f"{namespace} has no compiled kernels", fix="use kernels: auto")
+        of = build.of_plugin(namespace, sources)
     try:
-        path = build.library()
+        path = build.library(of=of)
         try:
             torch.ops.load_library(str(path))
         except OSError as error:
-            path = build.library(broken=path, error=str(error))
+            path = build.library(broken=path, error=str(error), of=of)
             torch.ops.load_library(str(path))
     except build.BuildError as error:
         return Loaded(reason=error.reason, fix=error.fix)
     except OSError as error:
-        return Loaded(reason=f"the library built just now does not load: {error}", fix="reinstall torch and ultrazoo")
+        owner = "ultrazoo" if of is None else of.owner
+        reason = f"the library built just now does not load: {error}"
+        return Loaded(reason=reason, fix=f"reinstall torch and {owner}")
     handle = ctypes.CDLL(str(path))
     handle.ultrazoo_cpu_isa.restype = ctypes.c_char_p
     return Loaded(path=path, handle=handle)
 
 
-def cuda_kernels() -> build.Made | None:
+def cuda_kernels(namespace: str = BUILT_IN) -> build.Made | None:
     """Return the nvcc and architectures of the CUDA kernels; None without any."""
-    path = load().path
+    path = load(namespace).path
     made = build.made_from(path) if path else None
     return made if made and made.archs else None
 
 
-def cpu_isa() -> str | None:
+def cpu_isa(namespace: str = BUILT_IN) -> str | None:
     """Return what the CPU kernels use: avx512vnni, avx512, avx2 or portable; None without kernels."""
-    handle = load().handle
+    handle = load(namespace).handle
     return handle.ultrazoo_cpu_isa().decode() if handle else None
 
 
 @contextmanager
-def use_cpu_isa(isa: str) -> Iterator[None]:
+def use_cpu_isa(isa: str, namespace: str = BUILT_IN) -> Iterator[None]:
     """Run a block with the CPU kernels of a lesser instruction set, so that they can be tested too.
 
+    Every library takes it, also one that is loaded within the block.
+
+    Args:
+        isa: avx512vnni, avx512, avx2 or portable.
+        namespace: Whose kernels must be there.
+
     Raises:
-        KernelUnavailableError: There are no kernels, or this CPU lacks the instruction set.
+        KernelUnavailableError: They are not, or this CPU lacks the instruction set.
     """
-    loaded, before = load(), cpu_isa()
-    if loaded.handle is None or before is None:
+    global _chosen_isa
+    loaded, best = load(namespace), cpu_isa(namespace)
+    if loaded.handle is None or best is None:
         raise KernelUnavailableError(f"instruction set {isa!r}: no compiled kernels: {loaded.reason}; {loaded.fix}")
+    before = _chosen_isa
     if loaded.handle.ultrazoo_set_cpu_isa(isa.encode()):
-        raise KernelUnavailableError(f"instruction set {isa!r}: unknown, or more than this CPU has; it runs {before}")
+        raise KernelUnavailableError(f"instruction set {isa!r}: unknown, or more than this CPU has; it runs {best}")
     try:
+        _choose(isa)
         yield
     finally:
-        loaded.handle.ultrazoo_set_cpu_isa(before.encode())
+        _choose(before)
+
+
+def _choose(isa: str) -> None:
+    """Give every library that is loaded, or will be, an instruction set that this CPU has; "" is the best."""
+    global _chosen_isa
+    with _lock:
+        _chosen_isa = isa
+        for loaded in _loaded.values():
+            if loaded.handle is not None:
+                loaded.handle.ultrazoo_set_cpu_isa(isa.encode())

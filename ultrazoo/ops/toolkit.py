@@ -13,24 +13,23 @@ import shutil
 import subprocess
 from pathlib import Path
 
+MOST_OUTPUT = 100_000
 COMPILER_FIX = "install g++ 11 or clang 14 (or newer), or name one in CXX"
+ELSE = "where that is not it, the fault is in these sources: tell those who wrote them"
 
 
 class BuildError(Exception):
-    """The kernels cannot be built; ``fix`` says what the user can do."""
+    """The kernels cannot be built; ``fix`` says what the user can do, ``output`` is all that the compiler said."""
 
-    def __init__(self, reason: str, fix: str) -> None:
+    def __init__(self, reason: str, fix: str, output: str = "") -> None:
         super().__init__(f"{reason}; {fix}")
         self.reason = reason
         self.fix = fix
+        self.output = output
 
 
 class CudaError(BuildError):
-    """The CUDA kernels alone cannot be built; ``output`` is all that the compiler said."""
-
-    def __init__(self, reason: str, fix: str, output: str = "") -> None:
-        super().__init__(reason, fix)
-        self.output = output
+    """The CUDA kernels alone cannot be built."""
 
 
 def find_compiler() -> str:
@@ -61,27 +60,38 @@ def find_torch() -> Path:
 
 
 def compile_file(command: list[str], is_cuda: bool, out: Path, folder: Path) -> None:
-    """Run a compiler in csrc, by relative paths: an object is then the same wherever csrc lies."""
+    """Run a compiler in the folder of the sources, by relative paths: an object is then the same wherever that lies.
+
+    Raises:
+        CudaError: It fails, and ``is_cuda``.
+        BuildError: It fails.
+    """
     partial = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
         result = subprocess.run(
             [*command, "-o", str(partial)], cwd=folder, capture_output=True, text=True, errors="replace"
         )
         if result.returncode != 0:
-            failed = f"{shlex.join(command)} failed with status {result.returncode}:\n{result.stderr.strip()[-3000:]}"
-            if is_cuda:
-                raise CudaError(*_in_short(command, result), f"in {folder}: {failed}")
-            raise BuildError(f"in {folder}: {failed}", COMPILER_FIX)
+            status = f"in {folder}: {shlex.join(command)} failed with status {result.returncode}"
+            output = f"{status}:\n{result.stderr.strip()[:MOST_OUTPUT]}"
+            raise (CudaError if is_cuda else BuildError)(*_in_short(command, result, is_cuda, folder), output)
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _in_short(command: list[str], result: subprocess.CompletedProcess[str]) -> tuple[str, str]:
+def _in_short(
+    command: list[str], result: subprocess.CompletedProcess[str], is_cuda: bool, folder: Path
+) -> tuple[str, str]:
     """What failed in one line, and the fix."""
     lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
-    said = next((line for line in lines if "error" in line.lower() or "unsupported" in line.lower()), *lines[:1])
-    if "unsupported" in said and "version" in said:
+    words = ("error", "unsupported", "undefined", "cannot find", "killed")
+    telling = (line for line in lines if any(word in line.lower() for word in words))
+    said = next(telling, lines[0] if lines else f"status {result.returncode} and not a word")
+    if is_cuda and "unsupported" in said and "version" in said:
         return said, "name a C++ compiler that this CUDA toolkit takes in NVCC_CCBIN"
-    what = f"{command[0]} fails on {command[-1]}" if "-c" in command else f"{command[0]} cannot link with CUDA"
-    return f"{what}: {said}", "mend the CUDA toolkit, or name another in CUDA_HOME"
+    what = f"{command[0]} fails on {folder / command[-1]}" if "-c" in command else f"{command[0]} cannot link"
+    if is_cuda:
+        what = what if "-c" in command else f"{what} with CUDA"
+        return f"{what}: {said}", f"mend the CUDA toolkit, or name another in CUDA_HOME; {ELSE}"
+    return f"{what}: {said}", f"{COMPILER_FIX}; {ELSE}"

@@ -1,4 +1,4 @@
-"""The machinery of the mixer laws: what is under test, how a measurement is judged, how a law is registered."""
+"""The machinery of the laws: what is under test, how a measurement is judged, how a law is registered."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ultrazoo.spec import BlockSpec
+from ultrazoo.config import ModelConfig
+from ultrazoo.nn.segments import mask_padding
+from ultrazoo.spec import BlockKind, BlockSpec
 
-TINY: Mapping[str, Any] = {"hidden_size": 8, "num_heads": 2, "retention_heads": 2, "dropout": 0.0}
+TINY: Mapping[str, Any] = {"num_heads": 2, "retention_heads": 2, "dropout": 0.0, "ffn_hidden_size": 12}
+WIDTHS = (8, 16, 32, 64, 128, 256)
+"""A block is held to the laws at the first of these widths that it accepts."""
 ROUNDING = 1e-10
 """Largest difference, relative to the largest output, that reordering fp64 sums may cause."""
 DOCUMENTS = ((9, 33, 1, 20), (40, 5, 2), (3, 0, 34, 1, 1))
@@ -32,6 +37,8 @@ class LawResult:
     measured: float
     limit: float
     seconds: float
+    at_least: bool = False
+    """The limit is the least and not the most that is allowed."""
 
     def __str__(self) -> str:
         verdict = "holds" if self.passed else "BROKEN"
@@ -75,14 +82,41 @@ class Subject:
     spec: BlockSpec
     options: Mapping[str, Any]
 
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """Fields of the block's config: tiny ones, at the smallest width that it accepts, and the options given.
+
+        Raises:
+            ValueError: It accepts none of them.
+        """
+        fields = self.spec.config.model_fields
+        shared = {
+            name: ModelConfig.model_fields[name].get_default(call_default_factory=True)
+            for name, field in fields.items()
+            if field.is_required() and name in ModelConfig.model_fields
+        }
+        values = {**shared, **{name: value for name, value in TINY.items() if name in fields}, **self.options}
+        if "hidden_size" not in fields or "hidden_size" in self.options:
+            return values
+        for width in WIDTHS:
+            values["hidden_size"] = width
+            try:
+                self.spec.module(self.spec.config(**values))
+            except (ValueError, RuntimeError) as error:  # pydantic's is a ValueError
+                refusal = error
+            else:
+                return values
+        raise ValueError(f"accepts none of the widths {', '.join(map(str, WIDTHS))}: {refusal}") from refusal
+
     def build(self, dtype: torch.dtype = torch.float64, *, seed: int = 0, dropout: float | None = None) -> nn.Module:
-        """Build the block in eval mode with every parameter moved off its initial value."""
-        values = {name: value for name, value in TINY.items() if name in self.spec.config.model_fields}
-        values |= self.options
-        if dropout is not None:
-            values["dropout"] = dropout
+        """Build the block in eval mode with every parameter moved off its initial value.
+
+        Returns:
+            A module that maps x (B, L, D) and segments to y (B, L, D), of whatever kind the block is.
+        """
+        values = self.values if dropout is None else {**self.values, "dropout": dropout}
         torch.manual_seed(seed)
-        block = self.spec.module(self.spec.config(**values))
+        block = _ADAPTERS.get(self.spec.kind, _as_it_is)(self.spec.module(self.spec.config(**values)))
         with torch.no_grad():
             for parameter in block.parameters():
                 parameter.add_(0.3 * torch.randn(parameter.shape))
@@ -90,7 +124,7 @@ class Subject:
 
     def input(self, rows: int, length: int, *, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
         """Draw (rows, length, D) from N(0, 1)."""
-        width = self.options.get("hidden_size", TINY["hidden_size"])
+        width = self.values.get("hidden_size", WIDTHS[0])
         return torch.randn(rows, length, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
     @property
@@ -98,6 +132,34 @@ class Subject:
         """Whether the block has a dropout of its own."""
         return "dropout" in self.spec.config.model_fields
 
+
+class _FeedForward(nn.Module):
+    """A feed-forward without its auxiliary values, which may give anything at padding."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.ffn = block
+
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        return mask_padding(self.ffn(x, segments)[0], segments)
+
+
+class _Norm(nn.Module):
+    """A norm, which knows no segments."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.norm = block
+
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        return mask_padding(self.norm(x), segments)
+
+
+def _as_it_is(block: nn.Module) -> nn.Module:
+    return block
+
+
+_ADAPTERS: dict[BlockKind, Callable[[nn.Module], nn.Module]] = {"ffn": _FeedForward, "norm": _Norm}
 
 Law = Callable[..., LawResult]
 LAWS: dict[str, Law] = {}
@@ -131,6 +193,7 @@ def law(name: str) -> Callable[[Callable[[Subject], Iterable[Check]]], Law]:
                     measured=check.measured,
                     limit=check.limit,
                     seconds=time.perf_counter() - begun,
+                    at_least=check.at_least,
                 )
 
             try:

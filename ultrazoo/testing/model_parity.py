@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from ultrazoo.config import ModelConfig
 from ultrazoo.model import IGNORED, MaskedLM, build_model
-from ultrazoo.ops.library import Policy, kernel_policy, kernel_status
+from ultrazoo.ops.library import Policy, kernel_policy, kernel_status, library_of
 from ultrazoo.spec import BlockSpec
 from ultrazoo.testing.laws import run_laws
 from ultrazoo.testing.measure import FORWARD_FACTOR, GRADIENT_FACTOR, Check, floor_of, relative_error
@@ -25,11 +25,17 @@ BITNET_OP = "ultrazoo::bitlinear"
 def check_block(spec: BlockSpec, device: torch.device) -> Iterator[Check]:
     """Yield every verdict on a mixer: its laws, and a model made of it on compiled kernels and on references.
 
-    The model of a mixer without ops of its own is one of BitLinear layers, if it has those.
+    The model of a mixer without ops that have kernels is one of BitLinear layers, if it has those. A plugin's ops count
+    as ultrazoo's own do, where their library has kernel sources.
     """
     yield from check_laws(spec)
-    if spec.ops or "use_bitnet" in spec.config.model_fields:
-        yield from check_model(spec, device, bitnet=not spec.ops)
+    if with_kernels(spec.ops) or "use_bitnet" in spec.config.model_fields:
+        yield from check_model(spec, device, bitnet=not with_kernels(spec.ops))
+
+
+def with_kernels(ops: Iterable[str]) -> list[str]:
+    """Return those of the ops, by full name, whose library has kernels to compile."""
+    return [op for op in ops if (library := library_of(op)) is not None and library.has_sources]
 
 
 def check_laws(spec: BlockSpec) -> Iterator[Check]:
@@ -53,7 +59,8 @@ def check_model(spec: BlockSpec, device: torch.device, *, bitnet: bool) -> Itera
 
     The truth of one step is the reference in float64, and the rule is that of the ops. The truth of a training run is
     the reference's own; how far rounding alone drives two runs apart is measured by further reference runs, whose
-    weights are moved up or down by one rounding after every step.
+    weights are moved up or down by one rounding after every step. Ops without kernels run their references on both
+    sides.
 
     Args:
         spec: The mixer.
@@ -77,15 +84,18 @@ def check_model(spec: BlockSpec, device: torch.device, *, bitnet: bool) -> Itera
         )
 
     ops = (*spec.ops, BITNET_OP) if bitnet else spec.ops
-    absent = [status for op in ops if not (status := kernel_status(op, device.type)).compiled]
+    proved = with_kernels(ops)
+    absent = [status for op in proved if not (status := kernel_status(op, device.type)).compiled]
     if absent:
         yield verdict("kernels exist", False, detail="; ".join(f"{status.op}: {status.detail}" for status in absent))
         return
-    loss, gradients = _step(spec, device, "compiled", torch.float32, bitnet)
+    fast: Policy = "compiled" if len(proved) == len(ops) else "auto"
+    runs = ", ".join(f"{op} {'compiled' if op in proved else 'by its reference'}" for op in ops)
+    loss, gradients = _step(spec, device, fast, torch.float32, bitnet)
     same_loss, same = _step(spec, device, "reference", torch.float32, bitnet)
     true_loss, truth = _step(spec, device, "reference", torch.float64, bitnet)
     error, allowed = relative_error(loss, true_loss), _allowed(same_loss, true_loss, FORWARD_FACTOR)
-    yield verdict("model loss", error <= allowed, error, allowed)
+    yield verdict("model loss", error <= allowed, error, allowed, runs)
     if set(gradients) != set(truth):
         yield verdict("model gradients", False, detail=f"{sorted(set(gradients) ^ set(truth))} missing on one side")
         return
@@ -95,7 +105,7 @@ def check_model(spec: BlockSpec, device: torch.device, *, bitnet: bool) -> Itera
     detail = f"worst in {worst}, of {len(truth)} parameters"
     ok = errors[worst] <= tolerances[worst]
     yield verdict("model gradients", ok, errors[worst], tolerances[worst], detail)
-    reference, compiled = (_curve(spec, device, policy, bitnet) for policy in ("reference", "compiled"))
+    reference, compiled = (_curve(spec, device, policy, bitnet) for policy in ("reference", fast))
     noisy = [_curve(spec, device, "reference", bitnet, noise=seed) for seed in range(1, NOISY_RUNS + 1)]
     drift = max(relative_error(curve, reference) for curve in noisy)
     error, allowed = relative_error(compiled, reference), GRADIENT_FACTOR * drift + floor_of(torch.float32)

@@ -4,8 +4,9 @@ The truth is the reference in float64. A kernel passes when its error is at most
 the kernel's own dtype (three times for gradients) plus a floor of two roundings of that dtype: no tolerance is tuned
 for an op. Errors are the largest absolute difference over the largest absolute value of the truth.
 
-The reference itself is held to finite differences in float64, and to float64 in its dtypes. An op of a plugin whose
-kernels ultrazoo does not know (backend ``op``) is held to the reference that the plugin gave, like a kernel.
+The reference itself is held to finite differences in float64, and to float64 in its dtypes. An op of a plugin's
+``OpLibrary`` is proved like ultrazoo's own; one whose kernels ultrazoo does not know (backend ``op``) is held to the
+reference that the plugin gave, like a kernel.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from typing import Literal
 import torch
 
 from ultrazoo.errors import KernelUnavailableError, UnknownNameError
-from ultrazoo.ops.build import OPS_WITH_VNNI, X86_FLAGS
+from ultrazoo.ops import loader
+from ultrazoo.ops.build import X86_FLAGS, folders_of, has_vnni
 from ultrazoo.ops.library import kernel_policy, kernel_status
-from ultrazoo.ops.loader import cpu_isa, use_cpu_isa
 from ultrazoo.spec import OpSpec, Sample
 from ultrazoo.testing import op_checks
 from ultrazoo.testing.measure import (
@@ -101,9 +102,9 @@ def check_op(
         opcheck: Check schema, fake kernel and autograd too, which are the same for every instruction set.
     """
     cases = cases or Cases(spec, device, dtype)
-    samples, found = cases.samples, list[Check]()
+    samples, found, namespace = cases.samples, list[Check](), namespace_of(spec)
     on_cpu = backend == "compiled" and device.type == "cpu"
-    runs_isa = (isa or cpu_isa() or "") if on_cpu else ""
+    runs_isa = (isa or loader.cpu_isa(namespace) or "") if on_cpu else ""
 
     def verdict(check: str, outcome: Outcome | None) -> None:
         if outcome is not None:
@@ -121,7 +122,7 @@ def check_op(
 
     with ExitStack() as stack:
         if isa is not None:
-            stack.enter_context(use_cpu_isa(isa))
+            stack.enter_context(loader.use_cpu_isa(isa, namespace))
         if backend == "compiled":
             status = kernel_status(spec.name, device.type)
             verdict("kernel exists", Outcome(status.compiled, detail=status.detail))
@@ -203,13 +204,21 @@ def backends_of(spec: OpSpec, device: torch.device) -> list[Backend]:
     return ["compiled", "reference"] if compiled else ["reference"]
 
 
+def namespace_of(spec: OpSpec) -> str:
+    """Return the namespace of an op, which names the library of its kernels."""
+    return spec.name.partition("::")[0]
+
+
 def isas_of(spec: OpSpec, device: torch.device) -> list[str | None]:
     """Return the instruction sets whose kernels of an op differ and run here, the best one first."""
-    best = cpu_isa()
+    namespace, _, op = spec.name.partition("::")
+    best = loader.cpu_isa(namespace)
     if device.type != "cpu" or best is None:
         return [None]
     levels = ["portable", *(isa for isa in X86_FLAGS if isa != "portable")]
     offered = levels[: levels.index(best) + 1][::-1]
-    if not any(spec.name.partition("::")[2].startswith(op) for op in OPS_WITH_VNNI):
+    sources = loader.sources_of(namespace)
+    folders = folders_of(sources, op) if sources else []
+    if folders and not any(has_vnni(folder) for folder in folders):
         offered = [isa for isa in offered if isa != "avx512vnni"]
     return list(offered)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ultrazoo.config.needs import missing
 from ultrazoo.errors import CheckpointError
 from ultrazoo.train.checkpoint import (
     MANIFEST,
@@ -42,6 +43,21 @@ class CheckpointReport:
     optimizer_numbers: int | None = None
     receipt: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def plugins(self) -> list[dict[str, Any]]:
+        """Distribution, version and blocks of each plugin that it needs; older receipts do not tell the blocks."""
+        told = self.receipt.get("plugins", [])
+        if isinstance(told, dict):
+            return [{"distribution": name, "version": version, "blocks": []} for name, version in told.items()]
+        return list(told)
+
+    @property
+    def missing_plugins(self) -> list[str]:
+        """What stands between this installation and loading it: a line for each plugin that is not there."""
+        needed = {plugin["distribution"]: plugin["version"] for plugin in self.plugins}
+        gone = missing({**needed, **self.config.get("plugins", {})})
+        return [f"{distribution}: {reason}" for distribution, reason in gone.items()]
 
 
 @dataclass(frozen=True, kw_only=True)

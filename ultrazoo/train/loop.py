@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 import ultrazoo
 from ultrazoo.config import Config
 from ultrazoo.errors import DataError
+from ultrazoo.model import MaskedLM
 from ultrazoo.train.agree import flight_recorder
 from ultrazoo.train.amp import make_precision
 from ultrazoo.train.checkpoint import Snapshot, read_state
+from ultrazoo.train.compiling import compile_layers
 from ultrazoo.train.display import Display
 from ultrazoo.train.evaluate import evaluate
 from ultrazoo.train.health import FiniteGuard, require_finite
@@ -67,6 +69,8 @@ class Trainer:
         self.stepped, self.parameters = self.team.take(model)
         self.names: dict[Tensor, str] = {p: name for name, p in self.parameters}
         self.device = self.parameters[0][1].device
+        if self.training.compile and isinstance(model, MaskedLM):
+            compile_layers(model, config, self.device, self.team)
         self.optimizer, summary = build_optimizer(model, self.training, dict(self.parameters))
         display.say(summary)
         self.precision = make_precision(self.device, self.training.use_amp)
@@ -76,6 +80,8 @@ class Trainer:
         self.watch = Watch(config.model.top_k_experts)
         self.progress, self.window = Progress(), Window()
         self.reporters: list[Reporter] = []
+        self.instead_of_step: Callable[[], None] | None = None
+        """Called for each step, and calls ``step`` itself; a profiler puts itself here."""
         self.last_checkpoint: Path | None = None
         self._validation: list[Batch] | None = None
         self._batches: Iterator[Batch] = iter(())
@@ -100,7 +106,7 @@ class Trainer:
             self.validate(guard)
         last = first >= 1
         while not last and guard.stop is None:
-            self.step()
+            (self.instead_of_step or self.step)()
             guard.poll()
             progress.elapsed_seconds = self.team.clock(time.perf_counter() - started)
             share = self._share()

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import ultrazoo
 from ultrazoo.config import Config
-from ultrazoo.ops.library import get_kernel_policy, kernel_status
+from ultrazoo.ops.library import get_kernel_policy, kernel_status, library_of
+from ultrazoo.plugins import CORE
 from ultrazoo.registry import registry
 from ultrazoo.train.runtime import environment
 from ultrazoo.train.schedule import Progress
@@ -52,23 +54,23 @@ def make_receipt(config: Config, device: torch.device, data: DataModule, progres
 
 
 def kernels_used(config: Config, device: torch.device) -> list[dict[str, Any]]:
-    """Each op that the mixers of the model use, and what it runs on."""
-    mixers = registry().mixers()
-    names = {op for mixer in config.model.layer_pattern for op in mixers[mixer].ops}
+    """Each op that the blocks of the model use, and what it runs on."""
+    names = {op for kind, name in config.model.blocks_used for op in registry().block(kind, name).ops}
     if config.model.use_bitnet:
         names.add("ultrazoo::bitlinear")
-    found = sorted(names & set(registry().ops()))
+    found = sorted(name for name in names & set(registry().ops()) if library_of(name))  # others have no kernels of ours
     if get_kernel_policy() == "reference":  # asking for their status would build the kernels
         return [{"op": name, "device": device.type, "compiled": False, "detail": "by policy"} for name in found]
     return [asdict(kernel_status(name, device.type)) for name in found]
 
 
-def plugins_used(config: Config) -> dict[str, str]:
-    """Distribution -> version of the plugins whose blocks the model is made of."""
-    model = config.model
-    names = {("mixer", name) for name in model.layer_pattern} | {("norm", model.norm_type)}
-    return {
-        plugin.distribution: plugin.version
-        for plugin in registry().plugins
-        if plugin.name == "core" or any((block.kind, block.name) in names for block in plugin.blocks)
-    }
+def plugins_used(config: Config) -> list[dict[str, Any]]:
+    """Distribution, version and blocks of the plugins that the model is made of, the built-in one first."""
+    blocks: dict[tuple[str, str], list[str]] = {(CORE[0], ultrazoo.__version__): []}
+    for _, name in config.model.blocks_used:
+        home = registry().home_of(name)
+        blocks.setdefault((home.distribution, home.version), []).append(name)
+    return [
+        {"distribution": distribution, "version": version, "blocks": sorted(names)}
+        for (distribution, version), names in blocks.items()
+    ]

@@ -182,10 +182,14 @@ def _compare_models(folder: Path, config: Config) -> tuple[list[str], list[str]]
     """Differences that the weights do not survive, and harmless ones."""
     problems: list[str] = []
     notes: list[str] = []
-    saved, now = read_config(folder).get("model", {}), config.to_dict()["model"]
-    for key, old, new in _differences(saved, now, _defaults(ModelConfig)):
+    saved, now = read_config(folder), config.to_dict()
+    for key, old, new in _differences(saved.get("model", {}), now["model"], _defaults(ModelConfig)):
         line = f"model.{key}: checkpoint {old!r}, this run {new!r}"
         (notes if key in SHAPELESS else problems).append(line)
+    before, after = saved.get("plugins", {}), now["plugins"]
+    for name in sorted(before.keys() & after.keys()):
+        if before[name] != after[name]:
+            notes.append(f"plugins.{name}: checkpoint {before[name]!r}, this run {after[name]!r}")
     return problems, notes
 
 

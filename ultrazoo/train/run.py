@@ -20,6 +20,7 @@ from ultrazoo.train.folder import RunFolder
 from ultrazoo.train.loop import Trainer
 from ultrazoo.train.memory import memory_told
 from ultrazoo.train.metrics import JsonLines, TensorBoard, keep_until, set_aside
+from ultrazoo.train.profile import StepProfiler
 from ultrazoo.train.resume import check_match, check_weights, find_checkpoint, find_weights
 from ultrazoo.train.runtime import environment, prepared
 from ultrazoo.train.schedule import make_plan
@@ -34,6 +35,7 @@ def train(
     run_dir: Path,
     resume: str | None = None,
     weights_only: bool = False,
+    profile: range | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train a model as the config says and return the figures of the final table.
@@ -44,6 +46,7 @@ def train(
         resume: None starts anew, ``auto`` continues from the newest whole checkpoint of the run folder if there is
             one, a path continues from that checkpoint or run folder.
         weights_only: Begin a new run with the weights of the checkpoint ``resume`` and nothing else of it.
+        profile: Steps of this process, from 1, to profile; the trace is written to the run folder.
         console: Where lines, the progress bar and the table go; unset: stderr.
 
     Raises:
@@ -105,6 +108,10 @@ def train(
                 trainer.reporters.append(TensorBoard(run_dir, step))
         for reporter in trainer.reporters:
             stack.callback(reporter.close)
+        if profile is not None:
+            profiler = StepProfiler(profile, trainer, run_dir / "profile.json", console)
+            trainer.instead_of_step = profiler.step
+            stack.callback(profiler.finish)
         stack.enter_context(memory_told(lambda: trainer.last_checkpoint))
         try:
             trainer.run(stack.enter_context(SignalGuard() if team.size == 1 else TeamGuard(team)))

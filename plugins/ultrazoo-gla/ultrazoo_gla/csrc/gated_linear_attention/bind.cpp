@@ -1,0 +1,89 @@
+#include <tuple>
+
+#include "common/bind.h"
+#include "gated_linear_attention/kernels.h"
+
+namespace uz {
+namespace {
+
+// The inputs, contiguous and alive.
+struct Inputs {
+  Tensor q, k, v, log_gate;
+  Optional segments;
+  GatedAttention args;
+
+  Inputs(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& log_gate_, const Optional& segments_,
+         const char* where)
+      : q(torch::stable::contiguous(q_)),
+        k(torch::stable::contiguous(k_)),
+        v(torch::stable::contiguous(v_)),
+        log_gate(torch::stable::contiguous(log_gate_)),
+        segments(segments_ ? Optional(torch::stable::contiguous(*segments_)) : std::nullopt) {
+    check_same_shape(k, q, where);
+    STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), where,
+                    ": q, k and v have different dtypes");
+    args = {
+        .q = q.const_data_ptr(),
+        .k = k.const_data_ptr(),
+        .v = v.const_data_ptr(),
+        .o = nullptr,
+        .log_gate = log_gate.const_data_ptr<float>(),
+        .segments = segments ? segments->const_data_ptr<int64_t>() : nullptr,
+        .length = q.size(1),
+        .directions = log_gate.size(2),
+        .heads = q.size(2),
+        .key = q.size(3),
+        .value = v.size(3),
+        .dtype = dtype_of(q, where),
+    };
+  }
+
+  int64_t items() const { return args.length > 0 ? q.size(0) * args.heads : 0; }
+};
+
+Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_gate, const Optional& segments) {
+  Inputs in(q, k, v, log_gate, segments, "gla::gated_linear_attention");
+  Tensor o = empty_contiguous(v, v.scalar_type());
+  if (in.items() == 0) return o;
+  in.args.o = o.mutable_data_ptr();
+  const GatedAttentionKernels& kernels = gated_attention_kernels();
+  parallel_with_scratch(
+      q, in.items(), kernels.scratch_floats(in.args),
+      [&](float* scratch, int64_t begin, int64_t end) { kernels.forward(in.args, scratch, begin, end); });
+  return o;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_, const Tensor& q, const Tensor& k,
+                                                    const Tensor& v, const Tensor& log_gate, const Optional& segments) {
+  const char* where = "gla::gated_linear_attention_backward";
+  const Inputs in(q, k, v, log_gate, segments, where);
+  const Tensor grad = torch::stable::contiguous(grad_);
+  check_same_shape(grad, v, where);
+  STD_TORCH_CHECK(grad.scalar_type() == v.scalar_type(), where, ": grad and v have different dtypes");
+  Tensor dq = empty_contiguous(q, q.scalar_type()), dk = empty_contiguous(k, k.scalar_type());
+  Tensor dv = empty_contiguous(v, v.scalar_type()), dlog_gate = empty_contiguous(log_gate, log_gate.scalar_type());
+  if (in.items() > 0) {
+    const GatedAttentionBackward args = {
+        .forward = in.args,
+        .grad = grad.const_data_ptr(),
+        .dq = dq.mutable_data_ptr(),
+        .dk = dk.mutable_data_ptr(),
+        .dv = dv.mutable_data_ptr(),
+        .dlog_gate = dlog_gate.mutable_data_ptr<float>(),
+    };
+    const GatedAttentionKernels& kernels = gated_attention_kernels();
+    parallel_with_scratch(
+        q, in.items(), kernels.backward_scratch_floats(args),
+        [&](float* scratch, int64_t begin, int64_t end) { kernels.backward(args, scratch, begin, end); });
+  }
+  return {dq, dk, dv, dlog_gate};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(gla, CPU, m) {
+  m.impl("gated_linear_attention", TORCH_BOX(&forward));
+  m.impl("gated_linear_attention_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace uz

@@ -1,0 +1,194 @@
+"""The checks of one block, and of the ops that it names."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ultrazoo.bench.calls import calls_of
+from ultrazoo.bench.timing import interleave
+from ultrazoo.config import ModelConfig, block_config
+from ultrazoo.errors import KernelUnavailableError, UnknownNameError
+from ultrazoo.ops.library import get_kernel_policy, kernel_status
+from ultrazoo.registry import registry
+from ultrazoo.spec import BlockKind, BlockSpec
+from ultrazoo.testing import conformance_model as models
+from ultrazoo.testing import conformance_training as training
+from ultrazoo.testing.conformance_result import Finding, absent, bounded, figure
+from ultrazoo.testing.law_kit import Subject, packed_rows
+from ultrazoo.testing.laws import LAWS, LawViolation
+
+Check = Callable[[BlockSpec], Finding]
+LAW_KINDS: Mapping[BlockKind, tuple[str, ...]] = {
+    "mixer": tuple(LAWS),
+    "ffn": tuple(name for name in LAWS if name != "direction"),
+    "norm": tuple(name for name in LAWS if name != "direction"),
+}
+"""The laws that apply to a kind of block. An embedding is held to them in the model: it takes no vectors."""
+YARDSTICK = "standard_attn"
+WIDTHS, HEAD_WIDTH = (384, 128, 256, 512, 768), 64
+SHAPES = {True: (2, 128, 0.2), False: (8, 256, 1.0)}
+"""Quick or not -> rows, tokens of a row and seconds of the timing."""
+
+
+def checks_of(
+    spec: BlockSpec, *, quick: bool, options: Mapping[str, Any]
+) -> Iterator[tuple[str, Callable[[], Finding]]]:
+    """Yield name and function of each check.
+
+    Args:
+        spec: The block.
+        quick: Leave out what is slow and checked in a smaller way already.
+        options: Fields of the block's config that differ from the tiny defaults of the laws.
+    """
+    for name in LAW_KINDS.get(spec.kind, ()):
+        yield f"law: {name}", functools.partial(_law, name, spec, options)
+    if spec.kind == "ffn":
+        yield "law: auxiliary values", functools.partial(auxiliary, spec)
+    if spec.ops:
+        yield "ops: are used", functools.partial(ops_used, spec)
+    whole: dict[str, Check] = {
+        "model: state goes round": models.state_round_trip,
+        "model: packing": models.packing,
+        "model: half precision": models.half_precision,
+        "model: repeatable": models.repeatable,
+    }
+    if not quick or spec.kind == "embedding":  # the law of the block alone is the quick way
+        whole["model: compile"] = models.compiled
+    whole |= {
+        "training: loss falls": training.train_model,
+        "training: by its own weights": training.train_block,
+        "size: parameters": parameters,
+        "size: state": state_size,
+    }
+    for check, function in whole.items():
+        yield check, functools.partial(function, spec)
+    yield "speed: against attention", functools.partial(speed, spec, quick=quick)
+
+
+def _law(name: str, spec: BlockSpec, options: Mapping[str, Any]) -> Finding:
+    try:
+        result = LAWS[name](spec, options)
+    except LawViolation as violation:
+        result = violation.result
+    return Finding(
+        state="passed" if result.passed else "failed",
+        what=result.what,
+        measured=result.measured,
+        limit=result.limit,
+        at_least=result.at_least,
+    )
+
+
+def auxiliary(spec: BlockSpec) -> Finding:
+    """A feed-forward's second value: scalars with a gradient to be added to the loss, detached tensors to be logged."""
+    values = Subject(spec, {}).values
+    torch.manual_seed(0)
+    block = spec.module(spec.config(**values)).train()
+    segments, _ = packed_rows()
+    x = torch.randn(*segments.shape, values.get("hidden_size", 8)).requires_grad_()
+    dirty = torch.where(segments.eq(0).unsqueeze(2), 1e3, x)
+    returned = block(x, segments)
+    if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], dict)):
+        return Finding(state="failed", what=f"got {type(returned).__name__}, expected (y, dict of tensors)")
+    aux, again = returned[1], block(dirty, segments)[1]
+    faults = []
+    for name, value in aux.items():
+        if not isinstance(value, Tensor) or not bool(value.isfinite().all()):
+            faults.append(f"{name} is not a finite tensor")
+        elif name.endswith("_loss") and (value.dim() or not value.requires_grad):
+            faults.append(f"{name} is not a scalar with a gradient")
+        elif not torch.allclose(value, again[name], rtol=1e-4, atol=1e-6):
+            faults.append(f"{name} depends on what stands at padding")
+    what = "; ".join(faults) or f"values: {', '.join(aux) or 'none'}"
+    return bounded(f"faults of the auxiliary values; {what}", float(len(faults)), 0.0)
+
+
+def ops_used(spec: BlockSpec) -> Finding:
+    """A forward calls each op that the block names, on the compiled kernel where there is one."""
+    model = models.model_of(spec)
+    ids = torch.randint(models.SPECIAL, models.VOCABULARY, (2, 48), generator=torch.Generator().manual_seed(1))
+    found = calls_of(lambda: model.encode(ids), *{op.partition("::")[0] for op in spec.ops})
+    called = {call.name for call in found}
+    slow = {call.name for call in found if call.operator._overloadname == "reference"}
+    faults = [f"{op} is never called" for op in spec.ops if op not in called]
+    faults += [f"{op} has a compiled kernel and runs its reference" for op in spec.ops if op in slow and _compiled(op)]
+    what = "; ".join(faults) or f"called: {', '.join(spec.ops)}"
+    return bounded(f"ops that are not used; {what}", float(len(faults)), 0.0)
+
+
+def _compiled(op: str) -> bool:
+    try:
+        return get_kernel_policy() != "reference" and kernel_status(op, "cpu").compiled
+    except (UnknownNameError, KernelUnavailableError):
+        return False
+
+
+def parameters(spec: BlockSpec) -> Finding:
+    """Parameters of one block."""
+    block, config = _built(spec)
+    return figure(f"parameters of one block at hidden_size {config.hidden_size}", _count(block))
+
+
+def state_size(spec: BlockSpec) -> Finding:
+    """Numbers that the block carries from one position to the next."""
+    if spec.kind != "mixer":
+        return absent("only a mixer carries a state")
+    if spec.state_size is None:
+        return figure("every key and value of the row", None)
+    _, config = _built(spec)
+    numbers = spec.state_size(block_config(spec, config))
+    return figure(f"numbers of state per sequence at hidden_size {config.hidden_size}", float(numbers))
+
+
+def speed(spec: BlockSpec, *, quick: bool) -> Finding:
+    """Time of a forward and backward pass over that of standard attention, interleaved; nothing is held to it."""
+    if spec.name == YARDSTICK:
+        return absent("it is the yardstick")
+    rows, length, seconds = SHAPES[quick]
+    block, config = _built(spec)
+    other = registry().block("mixer", YARDSTICK)
+    yardstick = other.module(block_config(other, config))
+    x = torch.randn(rows, length, config.hidden_size)
+    if spec.kind == "embedding":
+        ids = torch.randint(models.SPECIAL, models.VOCABULARY, (rows, length))
+        own = functools.partial(_step, block, ids)
+    else:
+        own = functools.partial(_step, block, x.clone().requires_grad_())
+    theirs = functools.partial(_step, yardstick, x.clone().requires_grad_())
+    found = interleave({"own": own, "theirs": theirs}, torch.device("cpu"), seconds=seconds)
+    ratio = found["own"].median / found["theirs"].median
+    tokens = rows * length
+    told = ", ".join(
+        f"{name} {found[key].median / tokens * 1e6:.2f}" for key, name in (("own", spec.name), ("theirs", YARDSTICK))
+    )
+    shape = f"B{rows} L{length} D{config.hidden_size}"
+    return figure(
+        f"time over that of {YARDSTICK}, forward and backward, {shape}; microseconds per token: {told}", ratio
+    )
+
+
+def _step(block: nn.Module, x: Tensor) -> None:
+    y = block(x)
+    y = y[0] if isinstance(y, tuple) else y
+    if y.requires_grad:
+        y.sum().backward()
+
+
+def _built(spec: BlockSpec) -> tuple[nn.Module, ModelConfig]:
+    """One block at a usual width, and the model section around it."""
+
+    def build(width: int) -> tuple[nn.Module, ModelConfig]:
+        config = models.config_of(spec, width, max(1, width // HEAD_WIDTH), ffn_hidden_size=4 * width)
+        torch.manual_seed(0)
+        return spec.module(block_config(spec, config)), config
+
+    return models.first_accepted(WIDTHS, build)
+
+
+def _count(module: nn.Module) -> float:
+    return float(sum(parameter.numel() for parameter in module.parameters()))

@@ -1,0 +1,96 @@
+"""The checks of a plugin besides its blocks: that it loads, its ops on every backend, its presets."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+
+from ultrazoo.config import load_config
+from ultrazoo.hookspecs import PLUGIN_API
+from ultrazoo.model import build_model
+from ultrazoo.plugins import Plugin
+from ultrazoo.registry import registry
+from ultrazoo.spec import OpSpec, PresetSpec
+from ultrazoo.testing.conformance_result import Finding, bounded, figure
+from ultrazoo.testing.measure import Check
+from ultrazoo.testing.parity import Backend, Cases, backends_of, check_op, isas_of
+
+CPU = torch.device("cpu")
+
+
+def loads(plugin: Plugin) -> Finding:
+    """The plugin states the version of the interface that this ultrazoo offers, and its hooks give valid specs."""
+    if plugin.reason is not None:
+        return Finding(state="failed", what=plugin.reason)
+    offers = [f"{len(getattr(plugin, kind))} {kind}" for kind in ("blocks", "ops", "presets")]
+    return Finding(
+        state="passed", what=f"{plugin.origin} is written for plugin API {PLUGIN_API}; it offers {', '.join(offers)}"
+    )
+
+
+def own_names(plugin: Plugin) -> Finding:
+    """No other plugin offers a block, op or preset of the same name."""
+    clashes = [line for line in registry().clashes() if plugin.origin in line]
+    return bounded("; ".join(clashes) or "names that another plugin offers too", float(len(clashes)), 0.0)
+
+
+def checks_of_op(spec: OpSpec, *, quick: bool) -> Iterator[tuple[str, Callable[[], Finding]]]:
+    """Yield name and function of each check: one for each dtype, on all of its backends and instruction sets.
+
+    Args:
+        spec: The op.
+        quick: float32 alone, with the best instruction set, and without torch's slow check of the registration.
+    """
+    for dtype in spec.dtypes[:1] if quick else spec.dtypes:
+        yield f"parity: {dtype}", functools.partial(parity, spec, dtype, quick=quick)
+
+
+def parity(spec: OpSpec, dtype: str, *, quick: bool) -> Finding:
+    """Every backend of an op is within the error of its reference in float64, and keeps the rules of memory."""
+    kind: torch.dtype = getattr(torch, dtype)
+    cases, found = Cases(spec, CPU, kind), list[Check]()
+    for backend in backends_of(spec, CPU):
+        levels = isas_of(spec, CPU) if backend == "compiled" else [None]
+        for level in levels[:1] if quick else levels:
+            first = level == levels[0] and not quick
+            found += check_op(spec, CPU, kind, backend, isa=level, cases=cases, opcheck=first)
+    failed = [check for check in found if not check.ok]
+    runs = sorted({_runs(check.backend, check.isa) for check in found})
+    if failed:
+        told = failed[0]
+        more = f"; {len(failed) - 1} more of {len(found)} checks failed" if len(failed) > 1 else ""
+        return Finding(
+            state="failed",
+            what=f"{_runs(told.backend, told.isa)}: {told.check}: {told.detail}{more}",
+            measured=told.error,
+            limit=told.tolerance,
+        )
+    measured = [(c.error, c.tolerance) for c in found if c.error is not None and c.tolerance]
+    error, tolerance = max(measured, key=lambda pair: pair[0] / pair[1], default=(None, None))
+    what = f"{len(found)} checks on {', '.join(runs)}; the error nearest to its limit"
+    return Finding(state="passed", what=what, measured=error, limit=tolerance)
+
+
+def _runs(backend: Backend | str, isa: str) -> str:
+    return f"{backend} {isa}".rstrip()
+
+
+def preset(spec: PresetSpec) -> Finding:
+    """The file validates, and the model is built: of shapes alone, or for real if a block needs numbers for that."""
+    loaded = load_config(spec.path)
+    try:
+        with torch.device("meta"):
+            model = build_model(loaded.config.model)
+    except (NotImplementedError, RuntimeError):
+        small = {
+            "num_layers": min(2, loaded.config.model.num_layers),
+            "vocab_size": min(1000, loaded.config.model.vocab_size),
+        }
+        model = build_model(loaded.config.model.model_copy(update=small))
+        size = sum(parameter.numel() for parameter in model.parameters())
+        return figure("it validates; parameters with two layers and a small vocabulary", float(size))
+    size = sum(parameter.numel() for parameter in model.parameters())
+    what = "it validates, and the model is built of shapes; parameters"
+    return Finding(state="passed", what=what, measured=float(size))
