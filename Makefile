@@ -80,3 +80,11 @@ gpu-check: $(VENV)/.dev
 .PHONY: faults
 faults: $(VENV)/.dev
 	cd tests && OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m faults --jobs $(JOBS) $(ARGS)
+
+# make test-plugins  install the plugins of plugins/, built from copies, into a folder of their own, and run their tests
+.PHONY: test-plugins
+test-plugins: $(VENV)/.dev
+	rm -rf $(VENV)/plugins && mkdir -p $(VENV)/plugins && cp -r plugins $(VENV)/plugins/sources
+	$(PIP) install -q --no-deps --target $(VENV)/plugins/site $(VENV)/plugins/sources/*/
+	set -e; for plugin in $(abspath $(VENV))/plugins/sources/*/; do cd $$plugin; OMP_NUM_THREADS=1 \
+	  PYTHONPATH=$(abspath $(VENV))/plugins/site $(abspath $(BIN))/python -m pytest -q -n $(JOBS) -p no:cacheprovider; done

@@ -95,3 +95,18 @@ def test_retention_by_tensor_cores() -> None:
             outputs.append(clean)
     assert not torch.equal(*outputs)
     torch.testing.assert_close(*outputs, rtol=1e-2, atol=1e-2)
+
+
+def test_retention_keeps_states_beyond_65504() -> None:
+    """In fp16 the states of the tensor-core path may be larger than any fp16 number; the gradient of q would be, too."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 140, 1, 8, generator=draw) for _ in "qkv")
+    half, log_decay = [x.half() for x in (q / 4096, k * 256, v * 256)], torch.tensor([-0.01])
+    states = half[1][0, :, 0].double().mT @ half[2][0, :, 0].double()
+    assert states.abs().max() > 2 * 65504
+    kernels = emulated("retention", *MACROS)
+    kernels.configure("random")
+    with kernel_policy("compiled"), torch.no_grad():
+        found = kernels.specs[0].op(*half, log_decay)
+    truth = kernels.specs[0].reference(*(x.double() for x in half), log_decay)
+    torch.testing.assert_close(found.double(), truth, rtol=2e-3, atol=1e-3 * truth.abs().max().item())
