@@ -98,7 +98,7 @@ def test_retention_by_tensor_cores() -> None:
 
 
 def test_retention_keeps_states_beyond_65504() -> None:
-    """In fp16 the states of the tensor-core path may be larger than any fp16 number; the gradient of q would be, too."""
+    """In fp16 the states of the tensor-core path may be larger than any fp16 number, as would be the gradient of q."""
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 140, 1, 8, generator=draw) for _ in "qkv")
     half, log_decay = [x.half() for x in (q / 4096, k * 256, v * 256)], torch.tensor([-0.01])
