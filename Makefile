@@ -66,6 +66,7 @@ sanitize: $(VENV)/.dev
 test-cuda: cuda-matrix
 	$(BIN)/python bench/cuda_old.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/simt/check.py --order all
+	OMP_NUM_THREADS=1 $(BIN)/python tests/simt/check.py --define UZ_SIMT_MMA --dtype bfloat16 --dtype float16 retention bitlinear
 	OMP_NUM_THREADS=1 $(BIN)/python tests/simt/check.py --mode address
 	OMP_NUM_THREADS=1 $(BIN)/python tests/simt/check.py --mode thread --dtype float32
 	OMP_NUM_THREADS=1 $(BIN)/python tests/simt/mutations.py

@@ -122,6 +122,7 @@ def run(site: Path, cache: Path, script: str, **environment: str) -> str:
     """Run Python where the distributions of ``site`` are installed, and return what it says."""
     path = os.pathsep.join((str(site), str(ROOT), os.environ.get("PYTHONPATH", "")))
     child = {**os.environ, "PYTHONPATH": path, "XDG_CACHE_HOME": str(cache), "ULTRAZOO_KERNELS": "auto"}
+    child["ULTRAZOO_DISABLE_PLUGINS"] = ""
     child |= {"ULTRAZOO_CUDA": "0", "ULTRAZOO_LOG": "INFO", **environment}
     done = subprocess.run(
         [sys.executable, "-c", START + script], env=child, capture_output=True, text=True, timeout=120

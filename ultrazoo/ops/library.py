@@ -160,9 +160,12 @@ class OpLibrary:
             raise PluginError(
                 f"op namespace {namespace!r} belongs to {before.origin}; {self.origin} wants it too: {cure}"
             )
-        if before is not None:  # the module is run again
-            before.forget()
-        elif any(name.startswith(f"{namespace}::") for name in torch._C._dispatch_get_all_op_names()):
+        if before is not None:
+            raise PluginError(
+                f"{self.origin}: op namespace {namespace!r} is made a second time in this process, and torch cannot "
+                "define ops anew: make one OpLibrary at the top of a module, and start Python again after an edit"
+            )
+        if any(name.startswith(f"{namespace}::") for name in torch._C._dispatch_get_all_op_names()):
             raise PluginError(
                 f"{self.origin}: op namespace {namespace!r} has ops of another library; take another name"
             )
@@ -190,7 +193,7 @@ class OpLibrary:
         return f"{found} (module {self.owner})" if found else f"module {self.owner}"
 
     def forget(self) -> None:
-        """Take the library and its ops out of torch."""
+        """Take the library and its ops out of torch, for good: torch may crash when the same names are defined again."""
         for name in self.ops:
             del _ops[name]
         self._torch_library._destroy()
