@@ -194,7 +194,7 @@ def test_an_op_library_without_sources_is_whole(caplog: pytest.LogCaptureFixture
     plain = OpLibrary("test_plain_ops")
     op = plain.define("scaled(Tensor x) -> Tensor", lambda x: 2 * x, fake=torch.empty_like)
     assert torch.equal(op(torch.ones(2)), torch.full((2,), 2.0))
-    with pytest.raises(PluginError, match="a second time in this process.*start Python again"):
+    with pytest.raises(PluginError, match=r"a second time in this process.*start Python again"):
         OpLibrary("test_plain_ops")
     assert library.libraries()["test_plain_ops"] is plain and library.library_of("test_plain_ops::scaled") is plain
     status = kernel_status("test_plain_ops::scaled", "cpu")

@@ -193,7 +193,7 @@ class OpLibrary:
         return f"{found} (module {self.owner})" if found else f"module {self.owner}"
 
     def forget(self) -> None:
-        """Take the library and its ops out of torch, for good: torch may crash when the same names are defined again."""
+        """Take the library and its ops out of torch, for good: torch may crash when they are defined again."""
         for name in self.ops:
             del _ops[name]
         self._torch_library._destroy()
