@@ -83,9 +83,7 @@ def compile_all(
     with ThreadPoolExecutor(jobs) as pool:
         found = list(pool.map(one, work))
     kernels = [kernel for each, _, _ in found for kernel in each]
-    names = demangled(sorted({kernel.mangled for kernel in kernels}))
-    for kernel in kernels:
-        kernel.name = names[kernel.mangled]
+    give_names(kernels)
     return kernels, [path for _, path, _ in found if path], [problem for _, _, problem in found if problem]
 
 
@@ -138,6 +136,13 @@ def read_sass(kernels: list[Kernel], text: str) -> None:
             Loop(Counter(found[2].partition(".")[0] for found in code if first <= int(found[1], 16) <= last))
             for first, last in inner
         ]
+
+
+def give_names(kernels: list[Kernel]) -> None:
+    """Set the name of each kernel from its mangled one."""
+    names = demangled(sorted({kernel.mangled for kernel in kernels}))
+    for kernel in kernels:
+        kernel.name = names[kernel.mangled]
 
 
 def demangled(names: list[str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cuda_compile import Kernel, demangled, read_ptxas
+from cuda_compile import Kernel, give_names, read_ptxas
 
 HERE = Path(__file__).resolve().parent
 ARCHS = (61, 70)
@@ -72,9 +72,7 @@ def compile_old(
                 kernels += read_ptxas(op, _entries_alone(log))
             else:
                 failed.append(f"{op} for sm_{arch} by CUDA {compiler.version()}:\n{log.strip()[-2000:]}")
-    names = demangled(sorted({kernel.mangled for kernel in kernels}))
-    for kernel in kernels:
-        kernel.name = names[kernel.mangled]
+    give_names(kernels)
     return kernels, failed
 
 
