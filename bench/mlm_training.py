@@ -33,7 +33,11 @@ WAYS = {
     "transformers fp32": {"peer": True, "amp": False, "compiled": False},
     "transformers bf16": {"peer": True, "amp": True, "compiled": False},
     "transformers bf16 compiled": {"peer": True, "amp": True, "compiled": True},
+    "transformers bf16 compiled, one length": {"peer": True, "amp": True, "compiled": True, "multiple": LENGTH},
 }
+"""The last pads every batch to LENGTH, so that torch.compile sees a single shape: more to compute, nothing dynamic."""
+WARM = 6
+"""Rounds before the first that counts: torch.compile takes some for the lengths it meets, the allocator to grow."""
 Step = Callable[[], int]
 """Takes an optimiser step; returns how many real tokens it read."""
 
@@ -74,7 +78,9 @@ def our_step(size: str, data: str | None, amp: bool, scratch: Path) -> Step:
     return step
 
 
-def peer_step(size: str, data: str | None, amp: bool, compiled: bool, scratch: Path) -> Step:
+def peer_step(
+    size: str, data: str | None, amp: bool, compiled: bool, scratch: Path, multiple: int | None = None
+) -> Step:
     """One step of BertForMaskedLM as transformers' Trainer takes it, everything at its defaults."""
     import torch
     from transformers import (
@@ -115,7 +121,7 @@ def peer_step(size: str, data: str | None, amp: bool, compiled: bool, scratch: P
         report_to=[],
         disable_tqdm=True,
     )
-    collator = DataCollatorForLanguageModeling(tokenizer)
+    collator = DataCollatorForLanguageModeling(tokenizer, pad_to_multiple_of=multiple)
     trainer = Trainer(model=model, args=arguments, data_collator=collator, train_dataset=rows)
     trainer.create_optimizer_and_scheduler(arguments.max_steps)
     trainer.model_wrapped = trainer.accelerator.prepare(model) if not compiled else torch.compile(model)
@@ -193,10 +199,10 @@ def main() -> None:
     options = ["--size", given.size, "--threads", str(given.threads), *(["--data", given.data] if given.data else [])]
     running = {way: start(way, options, given.threads) for way in ways}
     found: dict[str, list[float]] = {way: [] for way in ways}
-    for number in range(given.rounds + 2):
+    for number in range(WARM + given.rounds):
         for way, process in running.items():
             seconds, tokens = ask(process)
-            if number >= 2:  # warm
+            if number >= WARM:
                 found[way].append(tokens / seconds)
     for process in running.values():
         process.stdin.close()
@@ -204,7 +210,7 @@ def main() -> None:
     print(f"{given.size}, length {LENGTH}, {ROWS[given.size]} rows a step, {given.threads} thread(s), tokens/s:")
     for way, rates in found.items():
         low, middle, high = statistics.quantiles(rates, n=4)
-        print(f"  {way:<28} {middle:>8,.0f}  ({low:,.0f} to {high:,.0f})")
+        print(f"  {way:<39} {middle:>8,.0f}  ({low:,.0f} to {high:,.0f})")
 
 
 def start(way: str, options: list[str], threads: int) -> Any:

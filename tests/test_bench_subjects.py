@@ -11,11 +11,11 @@ from bench_parts import CPU, StillBench, spec_of
 from torch import Tensor
 
 from ultrazoo.bench import inductor, session
-from ultrazoo.bench.blocks import block_ways, config_around
+from ultrazoo.bench.blocks import block_ways
 from ultrazoo.bench.calls import as_sample, calls_of
 from ultrazoo.bench.gate import ParityError, require_parity
 from ultrazoo.bench.ops import _torch_compile, at_length, bench_op, family_of, length_of, samples_of
-from ultrazoo.config import block_config
+from ultrazoo.config import block_config, model_around
 from ultrazoo.errors import ConfigError, UnknownNameError
 from ultrazoo.ops import kernel_policy, library, loader
 from ultrazoo.registry import registry
@@ -43,7 +43,7 @@ def test_samples_are_resized_along_their_length() -> None:
 @pytest.mark.parametrize("name", ["retnet", "mamba", "ode"])
 def test_an_ops_call_in_a_block_becomes_a_sample_of_its_public_function(name: str) -> None:
     spec = registry().block("mixer", name)
-    config = config_around(spec, 32)
+    config = model_around(spec, 32)
     block = spec.module(block_config(spec, config))
     with torch.no_grad(), kernel_policy("reference"):
         calls = calls_of(lambda: block(torch.randn(2, 9, 32)), "ultrazoo")

@@ -192,10 +192,11 @@ def test_a_run_that_diverges_has_no_excess(blind: BlockSpec, one_thread: None, t
 
 
 def test_parameters_agree_whatever_the_mixer_needs() -> None:
+    attention = registry().block("mixer", "standard_attn")
     for name, spec in registry().mixers().items():
         counts = {n: encoder.fit(spec, 40, n, 2) for n in (32, 64)}
         for size, (config, count) in counts.items():
-            budget = encoder.count_parameters(encoder.encoder_config("standard_attn", 40, size, 4 * size, 2))
+            budget = encoder.count_parameters(encoder.encoder_config(attention, 40, size, 4 * size, 2))
             assert abs(count / budget - 1) < encoder.TOLERANCE, name
             assert count == encoder.count_parameters(config) and config.ffn_hidden_size >= config.hidden_size
 

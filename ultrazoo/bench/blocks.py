@@ -14,17 +14,16 @@ from ultrazoo.bench.ops import backend_names, differentiated, time_sample
 from ultrazoo.bench.records import Task
 from ultrazoo.bench.session import Bench
 from ultrazoo.bench.timing import Case
-from ultrazoo.config import ModelConfig, block_config
+from ultrazoo.config import ModelConfig, block_config, model_around
 from ultrazoo.errors import ConfigError
 from ultrazoo.ops import kernel_policy
 from ultrazoo.ops.library import Policy
-from ultrazoo.registry import FIELDS, registry
+from ultrazoo.registry import registry
 from ultrazoo.spec import BlockSpec, OpSpec
 
 TOKENS = 2048
 """Tokens of a call, as long as no row is longer."""
 WIDTH = 384
-HEAD_WIDTH = 64
 YARDSTICK = "standard_attn"
 
 
@@ -54,7 +53,7 @@ def bench_block(
         known += backend_names(op, bench) if op.differentiable or not bench.backward else []
     bench.check_backends(tuple(dict.fromkeys(known)))
     bench.parity += require_parity(ops, bench.device, bench.dtype, bench.say)
-    config = config_around(spec, hidden_size)
+    config = model_around(spec, hidden_size)
     block = _build(bench, spec, config)
     other = _build(bench, registry().block("mixer", yardstick), config) if yardstick else None
     heads = f" H{config.retention_heads if 'retention_heads' in spec.config.model_fields else config.num_heads}"
@@ -105,21 +104,6 @@ def block_ways(ops: Iterable[OpSpec], device: torch.device) -> dict[str, Policy]
         {"compiled": "compiled", "reference": "reference"}
         if all(kernels)
         else {"auto": "auto", "reference": "reference"}
-    )
-
-
-def config_around(spec: BlockSpec, width: int) -> ModelConfig:
-    """Return a model section of the given width that uses the block, without dropout."""
-    heads = next(count for count in range(max(1, width // HEAD_WIDTH), 0, -1) if width % count == 0)
-    return ModelConfig.model_validate(
-        {
-            "hidden_size": width,
-            "num_heads": heads,
-            "retention_heads": heads,
-            "ffn_hidden_size": 4 * width,
-            "dropout": 0.0,
-            FIELDS[spec.kind]: [spec.name] if spec.kind == "mixer" else spec.name,
-        }
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -78,20 +79,13 @@ def kernels_of(op: str) -> list[dict[str, Any]]:
     """What an op runs on each device that is here; kernels that are not built yet are built."""
     import torch
 
-    from ultrazoo.errors import UnknownNameError
-    from ultrazoo.ops import kernel_status
+    from ultrazoo.ops.library import kernel_status, library_of
 
-    rows: list[dict[str, Any]] = []
-    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
-        try:
-            status = kernel_status(op, device)
-        except UnknownNameError:
-            missing = {"compiled": False, "detail": "it is not defined by an OpLibrary", "fix": "define it by one"}
-            rows.append({"op": op, "device": device, **missing})
-        else:
-            facts = {name: getattr(status, name) for name in ("compiled", "detail", "fix")}
-            rows.append({"op": op, "device": device, **facts})
-    return rows
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if library_of(op) is None:
+        missing = {"compiled": False, "detail": "it is not defined by an OpLibrary", "fix": "define it by one"}
+        return [{"op": op, "device": device, **missing} for device in devices]
+    return [asdict(kernel_status(op, device)) for device in devices]
 
 
 def last_check(plugin: Plugin) -> dict[str, Any]:

@@ -14,10 +14,8 @@ from ultrazoo.cli.plugins import kernels_of
 from ultrazoo.spec import KINDS
 
 if TYPE_CHECKING:
-    from ultrazoo.config import ModelConfig
     from ultrazoo.spec import BlockSpec
 
-HEAD_WIDTH = 64
 LAWS_BROKEN = 3
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -54,12 +52,11 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show a block: paper, equation, options, parameters, state, kernels, and the laws of the mixer contract."""
-    from ultrazoo.config import block_config
-    from ultrazoo.config.model import ModelConfig
+    from ultrazoo.config import ModelConfig, block_config, model_around
     from ultrazoo.registry import registry
 
     spec = registry().find_block(block)
-    config = block_config(spec, _model_around(spec, hidden_size))
+    config = block_config(spec, model_around(spec, hidden_size))
     own = {name: field for name, field in spec.config.model_fields.items() if name not in ModelConfig.model_fields}
     facts: dict[str, Any] = {
         "name": spec.name,
@@ -79,23 +76,6 @@ def show(
         _print_facts(facts, hidden_size, spec)
     if not all(law.get("held", True) for law in facts["laws"]):
         raise typer.Exit(LAWS_BROKEN)
-
-
-def _model_around(spec: BlockSpec, width: int) -> ModelConfig:
-    """A model section of the given width that uses the block, with heads of about 64 channels."""
-    from ultrazoo.config import ModelConfig
-    from ultrazoo.registry import FIELDS
-
-    heads = next(count for count in range(max(1, width // HEAD_WIDTH), 0, -1) if width % count == 0)
-    return ModelConfig.model_validate(
-        {
-            "hidden_size": width,
-            "num_heads": heads,
-            "retention_heads": heads,
-            "ffn_hidden_size": 4 * width,
-            FIELDS[spec.kind]: [spec.name] if spec.kind == "mixer" else spec.name,
-        }
-    )
 
 
 def _laws(spec: BlockSpec, check: bool) -> list[dict[str, Any]]:

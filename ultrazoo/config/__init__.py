@@ -1,5 +1,6 @@
 """YAML -> validated config."""
 
+from ultrazoo.config.around import model_around
 from ultrazoo.config.load import Config, LoadedConfig, config_from_dict, load_config
 from ultrazoo.config.model import ModelConfig, block_config
 from ultrazoo.config.schema import json_schema
@@ -14,4 +15,5 @@ __all__ = [
     "config_from_dict",
     "json_schema",
     "load_config",
+    "model_around",
 ]

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from ultrazoo.bench.calls import calls_of
 from ultrazoo.bench.timing import interleave
-from ultrazoo.config import ModelConfig, block_config
-from ultrazoo.errors import KernelUnavailableError, UnknownNameError
-from ultrazoo.ops.library import get_kernel_policy, kernel_status
+from ultrazoo.config import ModelConfig, block_config, model_around
+from ultrazoo.ops.library import get_kernel_policy, kernel_status, library_of
 from ultrazoo.registry import registry
 from ultrazoo.spec import BlockKind, BlockSpec
 from ultrazoo.testing import conformance_model as models
@@ -30,7 +29,7 @@ LAW_KINDS: Mapping[BlockKind, tuple[str, ...]] = {
 }
 """The laws that apply to a kind of block. An embedding is held to them in the model: it takes no vectors."""
 YARDSTICK = "standard_attn"
-WIDTHS, HEAD_WIDTH = (384, 128, 256, 512, 768), 64
+WIDTHS = (384, 128, 256, 512, 768)
 SHAPES = {True: (2, 128, 0.2), False: (8, 256, 1.0)}
 """Quick or not -> rows, tokens of a row and seconds of the timing."""
 
@@ -122,10 +121,7 @@ def ops_used(spec: BlockSpec) -> Finding:
 
 
 def _compiled(op: str) -> bool:
-    try:
-        return get_kernel_policy() != "reference" and kernel_status(op, "cpu").compiled
-    except (UnknownNameError, KernelUnavailableError):
-        return False
+    return get_kernel_policy() != "reference" and library_of(op) is not None and kernel_status(op, "cpu").compiled
 
 
 def parameters(spec: BlockSpec) -> Finding:
@@ -183,7 +179,7 @@ def _built(spec: BlockSpec) -> tuple[nn.Module, ModelConfig]:
     """One block at a usual width, and the model section around it."""
 
     def build(width: int) -> tuple[nn.Module, ModelConfig]:
-        config = models.config_of(spec, width, max(1, width // HEAD_WIDTH), ffn_hidden_size=4 * width)
+        config = model_around(spec, width)
         torch.manual_seed(0)
         return spec.module(block_config(spec, config)), config
 

@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ultrazoo.config import ModelConfig
+from ultrazoo.config import ModelConfig, model_around
 from ultrazoo.errors import ConfigError
 from ultrazoo.model import IGNORED, MaskedLM, build_model
-from ultrazoo.registry import FIELDS
 from ultrazoo.spec import BlockSpec
 from ultrazoo.testing.conformance_result import Finding, bounded
 from ultrazoo.testing.law_kit import ROUNDING, packed_rows
@@ -30,22 +29,10 @@ REFUSALS = (ConfigError, ValueError, RuntimeError)
 Built = TypeVar("Built")
 
 
-def config_of(spec: BlockSpec, width: int, heads: int = 2, **changes: Any) -> ModelConfig:
-    """Return a model section of two layers of a width that uses the block, without dropout."""
-    return ModelConfig.model_validate(
-        {
-            "vocab_size": VOCABULARY,
-            "hidden_size": width,
-            "num_layers": 2,
-            "num_heads": heads,
-            "retention_heads": heads,
-            "ffn_hidden_size": 2 * width,
-            "factorized_embedding_dim": width // 2,
-            "dropout": 0.0,
-            FIELDS[spec.kind]: (spec.name,) if spec.kind == "mixer" else spec.name,
-            **changes,
-        }
-    )
+def small_config(spec: BlockSpec, width: int, **changes: Any) -> ModelConfig:
+    """Return a model section of two layers and two heads of a width that uses the block."""
+    size = {"vocab_size": VOCABULARY, "num_layers": 2, "ffn_hidden_size": 2 * width}
+    return model_around(spec, width, head_width=width // 2, factorized_embedding_dim=width // 2, **{**size, **changes})
 
 
 def model_of(spec: BlockSpec, *, seed: int = 0, **changes: Any) -> MaskedLM:
@@ -62,7 +49,7 @@ def model_of(spec: BlockSpec, *, seed: int = 0, **changes: Any) -> MaskedLM:
     """
 
     def build(width: int) -> MaskedLM:
-        config = config_of(spec, width, **changes)
+        config = small_config(spec, width, **changes)
         torch.manual_seed(seed)
         return build_model(config)
 

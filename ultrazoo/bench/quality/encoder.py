@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ultrazoo.config import ModelConfig
+from ultrazoo.config import ModelConfig, model_around
 from ultrazoo.errors import ConfigError
 from ultrazoo.model import build_model
+from ultrazoo.registry import registry
 from ultrazoo.spec import BlockSpec
 
 YARDSTICK = "standard_attn"
@@ -16,14 +17,14 @@ TOLERANCE = 0.02
 """Largest difference in parameters from the budget, as a share of it."""
 
 
-def encoder_config(mixer: str, vocab_size: int, width: int, ffn: int, layers: int) -> ModelConfig:
+def encoder_config(mixer: BlockSpec, vocab_size: int, width: int, ffn: int, layers: int) -> ModelConfig:
     """Return the model: pre norm, no dropout, and an embedding that mixes a token with its two neighbours.
 
     The convolution binds a key to the value beside it for every mixer alike, so that the tasks test the memory and not
     who sees a neighbour best. Initial weights have a standard deviation that suits narrow models.
 
     Args:
-        mixer: Name of the block.
+        mixer: The block.
         vocab_size: Ids of the task.
         width: D.
         ffn: Inner width of the feed-forward.
@@ -32,23 +33,18 @@ def encoder_config(mixer: str, vocab_size: int, width: int, ffn: int, layers: in
     Raises:
         ConfigError: The block refuses the width.
     """
-    heads = next(count for count in range(max(1, width // HEAD_WIDTH), 0, -1) if width % count == 0)
-    return ModelConfig.model_validate(
-        {
-            "vocab_size": vocab_size,
-            "hidden_size": width,
-            "num_layers": layers,
-            "num_heads": heads,
-            "retention_heads": heads,
-            "ffn_hidden_size": ffn,
-            "dropout": 0.0,
-            "layer_pattern": [mixer],
-            "initializer_range": width**-0.5,
-            "use_factorized_embedding": True,
-            "factorized_embedding_dim": max(1, width // 2),
-            "use_embedding_conv": True,
-            "embedding_conv_kernel": CONV_TAPS,
-        }
+    return model_around(
+        mixer,
+        width,
+        head_width=HEAD_WIDTH,
+        vocab_size=vocab_size,
+        num_layers=layers,
+        ffn_hidden_size=ffn,
+        initializer_range=width**-0.5,
+        use_factorized_embedding=True,
+        factorized_embedding_dim=max(1, width // 2),
+        use_embedding_conv=True,
+        embedding_conv_kernel=CONV_TAPS,
     )
 
 
@@ -74,15 +70,16 @@ def fit(spec: BlockSpec, vocab_size: int, size: int, layers: int) -> tuple[Model
     Raises:
         ConfigError: The block refuses the width, or even half the width has too many parameters.
     """
-    budget = count_parameters(encoder_config(YARDSTICK, vocab_size, size, 4 * size, layers))
+    yardstick = registry().block("mixer", YARDSTICK)
+    budget = count_parameters(encoder_config(yardstick, vocab_size, size, 4 * size, layers))
     smallest = 0
     for width in range(size, size // 2 - 1, -8):
         least, more = (
-            count_parameters(encoder_config(spec.name, vocab_size, width, ffn, layers)) for ffn in (width, width + 1)
+            count_parameters(encoder_config(spec, vocab_size, width, ffn, layers)) for ffn in (width, width + 1)
         )
         ffn = width + round((budget - least) / (more - least))
         if ffn >= width:
-            config = encoder_config(spec.name, vocab_size, width, ffn, layers)
+            config = encoder_config(spec, vocab_size, width, ffn, layers)
             count = least + (ffn - width) * (more - least)
             if abs(count - budget) <= TOLERANCE * budget:
                 return config, count
