@@ -33,11 +33,9 @@ WAYS = {
     "transformers fp32": {"peer": True, "amp": False, "compiled": False},
     "transformers bf16": {"peer": True, "amp": True, "compiled": False},
     "transformers bf16 compiled": {"peer": True, "amp": True, "compiled": True},
-    "transformers bf16 compiled, one length": {"peer": True, "amp": True, "compiled": True, "multiple": LENGTH},
 }
-"""The last pads every batch to LENGTH, so that torch.compile sees a single shape: more to compute, nothing dynamic."""
 WARM = 6
-"""Rounds before the first that counts: torch.compile takes some for the lengths it meets, the allocator to grow."""
+"""Rounds before the first that counts: torch.compile takes some, and the allocator to grow."""
 Step = Callable[[], int]
 """Takes an optimiser step; returns how many real tokens it read."""
 
@@ -78,9 +76,7 @@ def our_step(size: str, data: str | None, amp: bool, scratch: Path) -> Step:
     return step
 
 
-def peer_step(
-    size: str, data: str | None, amp: bool, compiled: bool, scratch: Path, multiple: int | None = None
-) -> Step:
+def peer_step(size: str, data: str | None, amp: bool, compiled: bool, scratch: Path) -> Step:
     """One step of BertForMaskedLM as transformers' Trainer takes it, everything at its defaults."""
     import torch
     from transformers import (
@@ -121,10 +117,10 @@ def peer_step(
         report_to=[],
         disable_tqdm=True,
     )
-    collator = DataCollatorForLanguageModeling(tokenizer, pad_to_multiple_of=multiple)
+    collator = DataCollatorForLanguageModeling(tokenizer)
     trainer = Trainer(model=model, args=arguments, data_collator=collator, train_dataset=rows)
     trainer.create_optimizer_and_scheduler(arguments.max_steps)
-    trainer.model_wrapped = trainer.accelerator.prepare(model) if not compiled else torch.compile(model)
+    trainer.model_wrapped = trainer.accelerator.prepare(model)  # autocast, and torch.compile where it is asked for
     trainer.current_gradient_accumulation_steps = 1
     model.train()
     batches = endless(trainer.get_train_dataloader())
@@ -210,7 +206,7 @@ def main() -> None:
     print(f"{given.size}, length {LENGTH}, {ROWS[given.size]} rows a step, {given.threads} thread(s), tokens/s:")
     for way, rates in found.items():
         low, middle, high = statistics.quantiles(rates, n=4)
-        print(f"  {way:<39} {middle:>8,.0f}  ({low:,.0f} to {high:,.0f})")
+        print(f"  {way:<28} {middle:>8,.0f}  ({low:,.0f} to {high:,.0f})")
 
 
 def start(way: str, options: list[str], threads: int) -> Any:

@@ -94,7 +94,7 @@ def test_checkpoints_from_before_are_read(tmp_path: Path, capsys: pytest.Capture
     config.write_text(config.read_text().replace("plugins: {}\n", ""))
     receipt.write_text(json.dumps({**json.loads(receipt.read_text()), "plugins": {"ultrazoo": "0.0.1"}}))
     manifest = checkpoint / "manifest.json"
-    from ultrazoo.train.checkpoint import sha256
+    from ultrazoo.train.durable import sha256
 
     entries = json.loads(manifest.read_text())
     for path in (config, receipt):

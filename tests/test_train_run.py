@@ -20,7 +20,8 @@ from rich.console import Console
 from ultrazoo.config import Config, config_from_dict
 from ultrazoo.errors import CheckpointError, ConfigError
 from ultrazoo.train import train
-from ultrazoo.train.checkpoint import sha256, verify_checkpoint
+from ultrazoo.train.checkpoint import verify_checkpoint
+from ultrazoo.train.durable import sha256
 from ultrazoo.train.folder import RunFolder
 
 TIMED = {"seconds", "tokens_per_second", "data_wait_share", "memory_bytes"}

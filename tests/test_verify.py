@@ -13,7 +13,7 @@ from cli_parts import call, write_config
 from safetensors.torch import load_file, save_file
 
 from ultrazoo.errors import CheckpointError, ConfigError
-from ultrazoo.train.checkpoint import sha256
+from ultrazoo.train.durable import sha256
 from ultrazoo.train.inspection import CheckpointReport, RunReport, inspect_path
 from ultrazoo.train.verify import verify_run
 

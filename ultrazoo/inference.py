@@ -14,7 +14,8 @@ from ultrazoo.config import Config, config_from_dict
 from ultrazoo.data.tokenizer import Vocabulary, read_vocabulary
 from ultrazoo.errors import CheckpointError, DataError
 from ultrazoo.model import IGNORED, MaskedLM, build_model
-from ultrazoo.train.checkpoint import CONFIG, MANIFEST, TOKENIZER, load_model, read_config, verify_checkpoint
+from ultrazoo.train.checkpoint import CONFIG, TOKENIZER, load_model, read_config, verify_checkpoint
+from ultrazoo.train.durable import MANIFEST
 from ultrazoo.train.runtime import pick_device
 
 log = logging.getLogger("ultrazoo")

@@ -21,7 +21,7 @@ from faults.registry import Came, fault
 
 def reseal(folder: Path) -> None:
     """Make a manifest agree with its files, as someone who means harm would."""
-    from ultrazoo.train.checkpoint import sha256
+    from ultrazoo.train.durable import sha256
 
     manifest = json.loads((folder / "manifest.json").read_text())
     for name in manifest["files"]:

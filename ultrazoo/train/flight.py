@@ -28,18 +28,8 @@ from ultrazoo.config import Config
 from ultrazoo.errors import CheckpointError, UltrazooError
 from ultrazoo.ops.library import get_kernel_policy
 from ultrazoo.train.amp import Precision
-from ultrazoo.train.checkpoint import (
-    CONFIG,
-    MODEL,
-    model_tensors,
-    on_host,
-    publish,
-    read_json,
-    read_tensors,
-    remove_leftovers,
-    to_json,
-    verify_folder,
-)
+from ultrazoo.train.checkpoint import CONFIG, MODEL, model_tensors, on_host, read_tensors
+from ultrazoo.train.durable import publish, read_json, remove_leftovers, to_json, verify_folder
 from ultrazoo.train.examine import Examination, examine
 from ultrazoo.train.health import Fault
 from ultrazoo.train.receipt import kernels_used

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from ultrazoo.errors import ConfigError
-from ultrazoo.train.checkpoint import remove_leftovers, write_text
+from ultrazoo.train.durable import remove_leftovers, write_text
 
 
 class RunFolder:

@@ -12,16 +12,8 @@ from typing import Any
 
 from ultrazoo.config.needs import missing
 from ultrazoo.errors import CheckpointError
-from ultrazoo.train.checkpoint import (
-    MANIFEST,
-    MODEL,
-    OPTIMIZER,
-    RECEIPT,
-    read_config,
-    read_json,
-    read_state,
-    verify_checkpoint,
-)
+from ultrazoo.train.checkpoint import MODEL, OPTIMIZER, RECEIPT, read_config, read_state, verify_checkpoint
+from ultrazoo.train.durable import MANIFEST, read_json
 from ultrazoo.train.store import CheckpointStore
 
 ASIDE = re.compile(r"step-\d+\.damaged(-\d+)?")

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from ultrazoo.errors import ConfigError, UltrazooError
-from ultrazoo.train.checkpoint import write_text
+from ultrazoo.train.durable import write_text
 
 
 class Reporter(Protocol):

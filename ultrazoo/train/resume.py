@@ -10,7 +10,6 @@ from ultrazoo.config import Config, ModelConfig, TrainingConfig
 from ultrazoo.errors import CheckpointError, ConfigError
 from ultrazoo.train.checkpoint import (
     CONFIG,
-    MANIFEST,
     MODEL,
     OPTIMIZER,
     STATE,
@@ -18,10 +17,9 @@ from ultrazoo.train.checkpoint import (
     read_config,
     read_state,
     read_tensors,
-    sha256,
     verify_checkpoint,
-    verify_folder,
 )
+from ultrazoo.train.durable import MANIFEST, sha256, verify_folder
 from ultrazoo.train.store import CheckpointStore
 
 SHAPELESS = {"dropout", "router_aux_loss_coef", "router_z_loss_coef", "initializer_range"}

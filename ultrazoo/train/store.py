@@ -9,17 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ultrazoo.errors import CheckpointError
-from ultrazoo.train.checkpoint import (
-    MANIFEST,
-    FormatVersionError,
-    Snapshot,
-    flush,
-    read_state,
-    remove_leftovers,
-    verify_checkpoint,
-    write_checkpoint,
-    write_text,
-)
+from ultrazoo.train.checkpoint import Snapshot, read_state, verify_checkpoint, write_checkpoint
+from ultrazoo.train.durable import MANIFEST, FormatVersionError, flush, remove_leftovers, write_text
 
 FOLDER = re.compile(r"step-(\d+)")
 

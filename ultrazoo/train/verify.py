@@ -26,12 +26,12 @@ from ultrazoo.train.checkpoint import (
     Snapshot,
     on_host,
     read_config,
-    read_json,
     read_state,
     read_tensors,
     verify_checkpoint,
 )
 from ultrazoo.train.display import PlainDisplay
+from ultrazoo.train.durable import read_json
 from ultrazoo.train.folder import RunFolder
 from ultrazoo.train.loop import Trainer
 from ultrazoo.train.metrics import JsonLines

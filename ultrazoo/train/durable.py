@@ -1,0 +1,154 @@
+"""Files and folders that are whole or not there: written under a temporary name, flushed, renamed; SHA-256 sums."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from ultrazoo.errors import CheckpointError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+LEFTOVER = re.compile(r"\.(step-\d+(-\d+)?|latest|best|(config|env|tokenizer|metrics)\.\w+)\.(tmp-\d+|deleting)")
+CHUNK = 1 << 20
+
+
+class FormatVersionError(CheckpointError):
+    """A checkpoint of another version of the format: whole for all that can be told, so never to be set aside."""
+
+
+def publish(folder: Path, files: Mapping[str, Callable[[Path], Any]]) -> None:
+    """Write files and their manifest into a new folder that is whole or not there.
+
+    Args:
+        folder: The final name, which must not exist; its parent must.
+        files: Name -> function that writes the file at the path it is given.
+
+    Raises:
+        CheckpointError: The file system refused, for example because it is full; nothing is left behind.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        for name, write in files.items():
+            write(temporary / name)
+        entries = {
+            name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)} for name in files
+        }
+        (temporary / MANIFEST).write_text(
+            to_json({"format_version": FORMAT_VERSION, "files": entries}), encoding="utf-8"
+        )
+        for name in (*files, MANIFEST):
+            flush(temporary / name)
+        flush(temporary)
+        temporary.rename(folder)
+        flush(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"{folder}: cannot be written: {error}; the earlier checkpoints are intact; free some space, "
+            "then continue with --resume auto"
+        ) from error
+
+
+def verify_folder(folder: Path, names: Collection[str], *, alone: bool = False) -> None:
+    """Compare every file of a published folder with its manifest.
+
+    Args:
+        folder: What ``publish`` wrote.
+        names: Files that it must hold.
+        alone: Look at no others.
+
+    Raises:
+        FormatVersionError: The format is of another version.
+        CheckpointError: A file is missing, cut short or changed.
+    """
+    manifest = read_json(folder / MANIFEST)
+    version, files = manifest.get("format_version"), manifest.get("files")
+    if version != FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{folder / MANIFEST}: got format_version {version!r}, expected {FORMAT_VERSION}; "
+            "read it with the ultrazoo that wrote it"
+        )
+    if not isinstance(files, dict) or set(names) - set(files):
+        raise CheckpointError(f"{folder / MANIFEST}: expected an entry for each of {', '.join(names)}")
+    problems = []
+    for name, entry in files.items():
+        path = folder / name
+        if alone and name not in names:
+            continue
+        if not isinstance(entry, dict) or not entry.keys() >= {"bytes", "sha256"}:
+            problems.append(f"{MANIFEST} does not describe {name}")
+        elif not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != entry["bytes"]:
+            problems.append(f"{name} has {path.stat().st_size} bytes, expected {entry['bytes']}")
+        elif sha256(path) != entry["sha256"]:
+            problems.append(f"{name} does not have the SHA-256 of its manifest")
+    if problems:
+        raise CheckpointError(f"{folder}: damaged: {'; '.join(problems)}; use another checkpoint")
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small text file in one piece."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    flush(temporary)
+    temporary.replace(path)
+    flush(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left half written or half removed; the folder must be this process's own."""
+    for path in list(folder.iterdir()):
+        if LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def to_json(data: Any) -> str:
+    """One line of JSON, without NaN."""
+    return json.dumps(data, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object.
+
+    Raises:
+        CheckpointError: The file is missing, or is no such thing.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}; use another checkpoint") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: got {type(data).__name__}, expected an object; use another checkpoint")
+    return data
