@@ -37,16 +37,20 @@ NORMS = 5e-5
 """The same, relative, of norms over 130,000 numbers, which torch adds up one after the other in float32."""
 
 
+def in_processes(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of ultrazoo, under torchrun if it is for several processes."""
+    command = [sys.executable, "-m", "ultrazoo", *arguments]
+    if processes > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+
+
 def run_training(folder: Path, processes: int, *arguments: str) -> dict[tuple[int, str], float]:
     """Train in processes of their own; return the records by step and name."""
     config = folder.with_suffix(".yaml")
     config.write_text(json.dumps({"model": MODEL, "training": TRAINING}))
-    module = ["-m", "ultrazoo", "train", str(config), "--output-dir", str(folder), *arguments]
-    command = [sys.executable, *module]
-    if processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *module]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    done = in_processes(processes, "train", str(config), "--output-dir", str(folder), *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("step 4/4") == 1, "one process speaks"
     found: dict[tuple[int, str], float] = {}
@@ -92,8 +96,11 @@ def test_two_replicas_train_as_one_process_and_their_checkpoint_goes_on_in_one(
     early = str(tmp_path / "two" / "checkpoints" / "step-000002")
     assert_same(run_training(branch, 1, "--resume", early), expected)
     assert_same_weights(folder, branch)
-    with pytest.raises(CheckpointError, match="taken by 2 processes"):
+    with pytest.raises(CheckpointError, match=r"taken by 2 processes.*run torchrun --nproc-per-node 2"):
         verify_run(tmp_path / "two")
+    done = in_processes(2, "resume", str(tmp_path / "two"), "--verify")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("equal to the last bit over 2 steps") == 1, "one process speaks"
 
 
 def test_two_shards_go_on_from_one_process_as_it_went_on_itself(

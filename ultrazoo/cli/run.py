@@ -104,6 +104,8 @@ def resume(
     from ultrazoo.train.verify import verify_run
 
     found = verify_run(run, steps=steps, say=say)
+    if found is None:  # one of several processes: the first speaks
+        return
     if as_json:
         print_json(asdict(found))
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from io import StringIO
@@ -16,10 +16,12 @@ import torch
 from rich.console import Console
 
 import ultrazoo
-from ultrazoo.config import Config, config_from_dict
+from ultrazoo.config import Config, config_from_dict, load_config
 from ultrazoo.data import build_data
+from ultrazoo.data.batch import Share
 from ultrazoo.errors import CheckpointError
 from ultrazoo.model import build_model
+from ultrazoo.train.agree import TeamStore
 from ultrazoo.train.checkpoint import (
     MODEL,
     OPTIMIZER,
@@ -40,10 +42,11 @@ from ultrazoo.train.runtime import prepared
 from ultrazoo.train.schedule import make_plan
 from ultrazoo.train.signals import SignalGuard, StoppedError
 from ultrazoo.train.store import CheckpointStore
+from ultrazoo.train.team import joined
 
 TIMED = frozenset({"seconds", "tokens_per_second", "data_wait_share", "memory_bytes"})
 """Entries of a record that no two runs share."""
-STATE = ("rng", "data", "window", "scaler", "watch")
+STATE = ("rng", "rng_others", "data", "window", "scaler", "watch")
 WITHOUT_PART = UNREMARKABLE | {
     "checkpoint_every_n_steps",
     "max_rolling_checkpoints",
@@ -118,26 +121,31 @@ class _Again(CheckpointStore):
 class _Watch(SignalGuard):
     """Asks for a checkpoint at the steps that have one, and for the end at the last of them."""
 
-    def __init__(self, store: _Again, progress: Callable[[], int]) -> None:
+    def __init__(self, originals: Collection[int], progress: Callable[[], int]) -> None:
         super().__init__()
-        self.store, self.progress = store, progress
+        self.originals, self.progress = originals, progress
 
     def take_checkpoint_request(self) -> bool:
         step = self.progress()
-        if step == max(self.store.originals):
+        if step == max(self.originals):
             self.stop = signal.SIGTERM
-        return step in self.store.originals
+        return step in self.originals
 
 
 def verify_run(
     run_dir: Path, *, steps: int | None = None, say: Callable[[str], None] = lambda line: None
-) -> Verification:
+) -> Verification | None:
     """Take the steps up to a run's newest checkpoint again and compare; nothing in the run folder changes.
+
+    A run of several processes needs as many again, started by torchrun.
 
     Args:
         run_dir: The run folder; no trainer may be in it.
         steps: Take at least so many again; None: those since the checkpoint before the newest.
         say: Takes lines for the user.
+
+    Returns:
+        What was compared; None in every process but the first.
 
     Raises:
         ConfigError: A trainer is in the folder, or the config cannot be used here.
@@ -146,18 +154,26 @@ def verify_run(
     """
     if not run_dir.is_dir():
         raise CheckpointError(f"{run_dir}: no such folder; expected a run folder such as runs/embbert")
-    with RunFolder(run_dir) as folder, ExitStack() as stack:
-        start, originals = _choose(CheckpointStore(folder.checkpoints, 0, 0), folder.path, steps)
+    with ExitStack() as stack:
+        team, own = stack.enter_context(joined(load_config(run_dir / "config.yaml").config.training))
+        folder = RunFolder(run_dir)
+        team.leader_says(lambda: stack.enter_context(folder) and None)
+        start, originals = team.leader_says(
+            lambda: _choose(CheckpointStore(folder.checkpoints, 0, 0), folder.path, steps)
+        )
         last = originals[max(originals)]
         config, state = config_from_dict(read_config(last), str(last)), read_state(last)
         begun = 0 if start is None else read_state(start)["step"]
         found = Verification(start=None if start is None else start.name, steps=state["step"] - begun)
         found.notes = _notes(state)
-        _require_repeatable(config, start, last)
-        training = config.training.model_copy(update={"num_threads": state["num_threads"], "report_to": ()})
+        team.leader_says(lambda: _require_repeatable(config, start, last, team.size))
+        here = {"num_threads": state["num_threads"], "report_to": (), "device": own.device}
+        training = config.training.model_copy(update=here)
         config = config.model_copy(update={"training": training})
         device = stack.enter_context(prepared(training))
-        data = build_data(training, config.model.vocab_size, say)
+        say = say if team.leads else lambda line: None
+        data = team.in_turn(lambda: build_data(training, config.model.vocab_size, say))
+        data.share = Share(team.rank, team.size)
         hashes = {"tokenizer_sha256": data.tokenizer_sha256, "data_fingerprint": data.fingerprint}
         check_match(last, config, **hashes)
         plan = make_plan(training, data.rows_per_epoch)
@@ -165,14 +181,17 @@ def verify_run(
         model.head.start_from(torch.from_numpy(data.unigram_counts))
         model.recompute_layers(training.gradient_checkpointing)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ultrazoo-verify-")))
-        store = _Again(scratch / "checkpoints", originals, found)
-        trainer = Trainer(config, model.to(device), data, plan, store, PlainDisplay(Console(file=StringIO()), None))
+        store = TeamStore(_Again(scratch / "checkpoints", originals, found), team)
+        display = PlainDisplay(Console(file=StringIO()), None)
+        trainer = Trainer(config, model.to(device), data, plan, store, display, team)
         if start is not None:
             trainer.restore(start)
         say(f"taking steps {begun + 1:,} to {state['step']:,} again, from {start or 'the beginning'}")
         with closing(JsonLines(scratch / "metrics.jsonl")) as reporter, suppress(StoppedError):
             trainer.reporters.append(reporter)
-            trainer.run(_Watch(store, lambda: trainer.progress.step))
+            trainer.run(_Watch(originals, lambda: trainer.progress.step))
+        if not team.leads:
+            return None
         records = [_read_records(path, begun, state["step"]) for path in (folder.metrics, scratch / "metrics.jsonl")]
         found.add("records", len(records[0]), _compare_records(*records))
     return found
@@ -199,22 +218,21 @@ def _choose(store: CheckpointStore, run_dir: Path, steps: int | None) -> tuple[P
     return None, numbered
 
 
-def _require_repeatable(config: Config, start: Path | None, last: Path) -> None:
-    processes = {read_state(path).get("processes", 1) for path in (start, last) if path is not None}
-    if processes != {1}:
+def _require_repeatable(config: Config, start: Path | None, last: Path, size: int) -> None:
+    before, processes = (read_state(path or last).get("processes", 1) for path in (start, last))
+    if before != processes:
         raise CheckpointError(
-            f"{last}: taken by {max(processes)} processes, whose sums one process cannot repeat to the bit; compare "
-            "two runs under torchrun instead"
+            f"{last}: taken by {processes} processes, and {before} since {start}; verify a later stretch"
+        )
+    if processes != size:
+        raise CheckpointError(
+            f"{last}: taken by {processes} processes, whose sums {size} cannot repeat to the bit; run torchrun "
+            f"--nproc-per-node {processes} -m ultrazoo resume --verify"
         )
     if config.training.max_minutes is not None:
         raise CheckpointError(
             f"{last}: training.max_minutes makes the learning rate follow the clock, which cannot be turned back; "
             "only runs of max_steps or num_epochs can be verified"
-        )
-    if (processes := read_state(last).get("processes", 1)) != 1:
-        raise CheckpointError(
-            f"{last}: was made by {processes} processes, whose sums one process adds up in another order; only runs of "
-            "one process can be verified"
         )
     if start is None:
         return
