@@ -29,7 +29,9 @@ def parity(
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16 or float16; may be repeated.")] = None,
     isa: Annotated[
         list[str] | None,
-        typer.Option(help="portable, avx2, avx512 or avx512vnni; may be repeated.  [default: all that this CPU has]"),
+        typer.Option(
+            help="portable, avx2, avx512 or avx512vnni; may be repeated.", show_default="all that this CPU has"
+        ),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A row for each check.")] = False,
     as_json: Json = False,

@@ -20,14 +20,14 @@ UNEXPLAINED = 1
 def replay(
     flight: Annotated[Path, typer.Argument(help="A flight record, such as runs/embbert/flight/step-000123.")],
     kernels: Annotated[
-        str | None, typer.Option(help="auto, compiled or reference.  [default: as in the training]")
+        str | None, typer.Option(help="auto, compiled or reference.", show_default="as in the training")
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, float64, or mixed bfloat16 or float16.  [default: as in the training]"),
+        typer.Option(help="float32, float64, or mixed bfloat16 or float16.", show_default="as in the training"),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:N or mps.  [default: as in the training, if it is here]")
+        str | None, typer.Option(help="cpu, cuda, cuda:N or mps.", show_default="as in the training, if it is here")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

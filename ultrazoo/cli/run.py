@@ -27,7 +27,7 @@ def train(
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Begin a new run with the weights of --resume PATH and nothing else.")
     ] = False,
-    output_dir: Annotated[Path | None, typer.Option(help="Run folder.  [default: runs/NAME]")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/NAME")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = None,
     kernels: Annotated[str | None, typer.Option(help="auto, compiled or reference.")] = None,
     print_config: Annotated[
@@ -77,7 +77,9 @@ def resume(
     ] = False,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="With --verify: steps to take again.  [default: from the checkpoint before the last]"),
+        typer.Option(
+            min=1, help="With --verify: steps to take again.", show_default="from the checkpoint before the last"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --verify: print the comparison as JSON.")] = False,
 ) -> None:

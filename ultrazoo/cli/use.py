@@ -94,7 +94,7 @@ def _lines(file: Path | None) -> Iterator[str]:
 
 def plot(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="PNG.  [default: RUN/training.png]")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="PNG.", show_default="RUN/training.png")] = None,
 ) -> None:
     """Draw loss, learning rate, gradient norm and tokens per second of a run to a PNG."""
     from ultrazoo.plot import plot_run
