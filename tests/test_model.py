@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ultrazoo.config import ModelConfig
 from ultrazoo.errors import ConfigError
 from ultrazoo.model import MaskedLM, build_model, parameter_table
+from ultrazoo.nn.tiles import ROW_TILE
 
 V = 60
 
@@ -83,6 +84,18 @@ def test_the_loss_is_the_cross_entropy_of_the_targets_alone(factorised):
     torch.testing.assert_close(trained.loss_sum, expected)
     assert trained.loss_sum.item() / 3 == pytest.approx(math.log(V), rel=0.1)
     assert everywhere.loss_sum is None
+
+
+def test_the_head_multiplies_whole_tiles_of_rows_however_many_targets_there_are():
+    model = build()
+    ids, segments, labels = batch()
+    sizes = []
+    model.head.register_forward_pre_hook(lambda head, arguments: sizes.append(arguments[0].shape[0]))
+    for count in (0, 1, 3):
+        chosen = torch.full_like(labels, -100).flatten()
+        chosen[:count] = 7
+        assert model(ids, segments, chosen.view_as(labels)).logits.shape[0] == count
+    assert sizes == [0, ROW_TILE, ROW_TILE]
 
 
 def test_no_target_gives_a_loss_of_zero_that_still_has_gradients():

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ultrazoo.nn.bitlinear import int8_ste, ternary_ste
 from ultrazoo.nn.mlp import MLP, MLPConfig
 from ultrazoo.nn.moe import MoE, MoEConfig, grouped_matmul, grouped_outer
+from ultrazoo.nn.tiles import ROW_TILE
 
 D, WIDTH, E, K = 6, 10, 5, 2
 
@@ -189,3 +190,17 @@ def test_grouped_products_pass_opcheck_with_empty_groups_and_rest():
 def test_more_visits_than_experts_is_an_error():
     with pytest.raises(ValidationError, match="got top_k_experts 3 with num_experts 2, expected at most"):
         MoEConfig(hidden_size=4, ffn_hidden_size=8, num_experts=2, top_k_experts=3)
+
+
+def test_experts_multiply_whole_tiles_of_rows_whatever_the_tokens_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, sizes = build(), set()
+
+    def spy(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        sizes.update(ends.diff(prepend=ends.new_zeros(1)).tolist())
+        return grouped_matmul(x, weight, ends)
+
+    monkeypatch.setattr("ultrazoo.nn.moe.grouped_matmul", spy)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        moe(torch.randn(1, 120, D, dtype=torch.float64))
+    assert len(sizes) > 1 and all(size % ROW_TILE == 0 for size in sizes)

@@ -13,6 +13,7 @@ from ultrazoo.config import ModelConfig, block_config
 from ultrazoo.nn.dropout import Dropout
 from ultrazoo.nn.embeddings import EmbeddingConfig, Embeddings, MaskedLMHead
 from ultrazoo.nn.segments import mask_padding
+from ultrazoo.nn.tiles import ROW_TILE
 from ultrazoo.registry import registry
 
 IGNORED = -100
@@ -151,10 +152,14 @@ class MaskedLM(nn.Module):
             return MaskedLMOutput(hidden, self.head(hidden, table), losses=losses, stats=stats)
         targets = labels.reshape(-1)
         places = targets.ne(IGNORED).nonzero().squeeze(1)  # (M,)
-        logits = self.head(hidden.flatten(0, 1).index_select(0, places), table)  # (M, V)
+        count = places.numel()
+        extra = -count % ROW_TILE
+        rows = hidden.flatten(0, 1).index_select(0, F.pad(places, (0, extra)))  # the first position again, as no target
+        logits = self.head(rows, table)  # (M + extra, V)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss_sum = F.cross_entropy(wide, targets.index_select(0, places), reduction="sum")
-        return MaskedLMOutput(hidden, logits, loss_sum, places.numel(), losses, stats)
+        wanted = F.pad(targets.index_select(0, places), (0, extra), value=IGNORED)
+        loss_sum = F.cross_entropy(wide, wanted, ignore_index=IGNORED, reduction="sum")
+        return MaskedLMOutput(hidden, logits[:count], loss_sum, count, losses, stats)
 
     def _encode(self, input_ids: Tensor, segments: Tensor | None) -> tuple[Tensor, Aux, Aux]:
         if segments is not None and segments.shape != input_ids.shape:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ultrazoo.nn.bitlinear import NORM_EPS, autocast_dtype, int8_ste, ternary_shares, ternary_ste
 from ultrazoo.nn.block_config import BlockConfig
 from ultrazoo.nn.mlp import ACTIVATIONS, Activation
+from ultrazoo.nn.tiles import ROW_TILE
 from ultrazoo.spec import BlockSpec
 
 
@@ -106,6 +107,23 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
 grouped_matmul.register_autograd(_backward, setup_context=_save)
 
 
+def _places(slots: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Give each visit a row, those of an expert side by side in the order of the tokens.
+
+    Args:
+        slots: (V,) expert of each visit, ``num_experts`` for none; these come last.
+        num_experts: E.
+
+    Returns:
+        The row of each visit (V,), and where the rows of each expert end (E,), multiples of ``ROW_TILE``.
+    """
+    visits = F.one_hot(slots, num_experts + 1)  # (V, E + 1)
+    sizes = -(-visits.sum(0)[:num_experts] // ROW_TILE) * ROW_TILE
+    ends = sizes.cumsum(0)
+    rank = visits.cumsum(0).gather(1, slots.unsqueeze(1)).squeeze(1) - 1
+    return F.pad(ends, (1, 0)).index_select(0, slots) + rank, ends
+
+
 class MoE(nn.Module):
     """y = sum over the top k of p_e / (p_1 + .. + p_k) FFN_e(x), p = softmax(W_r x) in fp32 (arXiv 2101.03961).
 
@@ -153,17 +171,19 @@ class MoE(nn.Module):
         real = x.new_ones(tokens.shape[0], dtype=torch.bool) if segments is None else segments.reshape(-1).ne(0)
         weights, experts, aux = self._route(tokens, real)  # (N, k), (N, k)
 
-        slots = experts.reshape(-1)  # (N k): expert of each visit, E at padding, which sorts last
-        order = torch.argsort(slots, stable=True)
-        member = slots[order].unsqueeze(1).eq(torch.arange(E, device=x.device))  # (N k, E) one-hot, or all False
-        ends = member.sum(0).cumsum(0)
+        slots = experts.reshape(-1)  # (N k): expert of each visit, E at padding, which comes last
+        places, ends = _places(slots, E)
+        V, R = slots.shape[0], slots.shape[0] + E * (ROW_TILE - 1)
+        visit = slots.new_full((R,), V).scatter(0, places, torch.arange(V, device=x.device))  # V: none
+        owner = torch.bucketize(torch.arange(R, device=x.device), ends, right=True)
+        member = owner.unsqueeze(1).eq(torch.arange(E, device=x.device))  # (R, E) one-hot, or all False
 
-        rows = tokens.index_select(0, order // k)
+        rows = F.pad(tokens, (0, 0, 0, 1)).index_select(0, visit // k)  # (R, D), 0 where there is no visit
         rows = self._project(rows, self.up, self.up_bias, self.up_gain, member, ends)
         rows = ACTIVATIONS[self.config.ffn_activation](rows)
         rows = self._project(rows, self.down, self.down_bias, self.down_gain, member, ends)
 
-        visits = rows.index_select(0, torch.argsort(order)).view(-1, k, x.shape[-1])  # (N, k, D)
+        visits = rows.index_select(0, places).view(-1, k, x.shape[-1])  # (N, k, D)
         y = (visits * weights.to(visits.dtype).unsqueeze(-1)).sum(1)
         return y.view(x.shape), aux
 
