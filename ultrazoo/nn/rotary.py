@@ -47,7 +47,6 @@ def rotate_pairs(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
         )
     dtype = torch.promote_types(x.dtype, torch.float32)
     angles = positions.unsqueeze(-1).to(dtype) * frequencies.to(dtype)
-    cos, sin = angles.cos().unsqueeze(2), angles.sin().unsqueeze(2)  # (B, L, 1, K / 2)
-    even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    turns = torch.polar(torch.ones_like(angles), angles).unsqueeze(2)  # (B, L, 1, K / 2), a pair is a complex number
+    pairs = torch.view_as_complex(x.to(dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
