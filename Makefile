@@ -63,7 +63,11 @@ bench: $(VENV)/.dev
 sanitize: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/sanitize.py
 
-test-cuda: cuda-matrix
+$(VENV)/.cuda: bench/cuda_tools.txt | $(VENV)/.dev
+	$(PIP) install -q -r bench/cuda_tools.txt
+	touch $@
+
+test-cuda: $(VENV)/.cuda cuda-matrix
 	$(BIN)/python bench/cuda_old.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/simt/check.py --order all
 	OMP_NUM_THREADS=1 $(BIN)/python tests/simt/check.py --define UZ_SIMT_MMA --dtype bfloat16 --dtype float16 retention bitlinear

@@ -94,7 +94,11 @@ def main() -> int:
     if asked.record and not failed:
         BUDGET.write_text(json.dumps(measured_budget(kernels), indent=1, sort_keys=True) + "\n")
         print(f"cuda_matrix: wrote {BUDGET}")
-    if not asked.quick and not failed:
+    if not find_disassembler(cuda):
+        print(
+            "cuda_matrix: no cuobjdump: instructions not checked, tables not written: pip install -r bench/cuda_tools.txt"
+        )
+    elif not asked.quick and not failed:
         text = [heading(cuda, archs), matrix(kernels, launches, archs), instructions(kernels)]
         text.append(model_table(kernels, launches))
         asked.output.with_suffix(".md").write_text("\n".join(text))
@@ -163,11 +167,10 @@ def launched(kernels: list[Kernel], launches: Iterable[Launch]) -> dict[tuple[st
 
 def heading(cuda: Cuda, archs: list[int]) -> str:
     """What the file is."""
-    looked = "instructions by cuobjdump" if find_disassembler(cuda) else "no disassembler was there"
     return f"""# CUDA kernels, as compiled
 
 Made by `python bench/cuda_matrix.py`: nvcc {cuda.version}, {" ".join(build.NVCC_FLAGS)}, for
-{", ".join(f"sm_{arch}" for arch in archs)}; {looked}. **Nothing in this file was measured on a GPU.**
+{", ".join(f"sm_{arch}" for arch in archs)}; instructions by cuobjdump. **Nothing in this file was measured on a GPU.**
 
 ## Registers and occupancy
 

@@ -1,6 +1,6 @@
 """Compiles the CUDA kernels for GPUs that CUDA 13 has dropped, by the run-time compiler of CUDA 12, which PyPI has.
 
-``pip install -r bench/cuda_old.txt`` brings it: front end, optimiser and ptxas of nvcc 12, as a library that takes
+``pip install -r bench/cuda_tools.txt`` brings it: front end, optimiser and ptxas of nvcc 12, as a library that takes
 device code alone. So the launchers of a cuda.cu are compiled as device functions too, which nothing calls.
 """
 
@@ -50,7 +50,7 @@ class RunTimeCompiler:
 
 
 def find() -> RunTimeCompiler | None:
-    """Return the compiler of bench/cuda_old.txt where it is installed."""
+    """Return the compiler of bench/cuda_tools.txt where it is installed."""
     for place in map(Path, sys.path):
         libraries = sorted((place / "nvidia/cuda_nvrtc/lib").glob("libnvrtc.so.12"))
         headers = tuple(place / f"nvidia/{part}/include" for part in ("cuda_runtime", "cuda_cccl"))
@@ -128,7 +128,7 @@ def main() -> int:
     """Compile csrc for the old architectures, and write what registers it takes and what spills."""
     compiler = find()
     if compiler is None:
-        print("cuda_old: skipped: pip install -r bench/cuda_old.txt")
+        print("cuda_old: skipped: pip install -r bench/cuda_tools.txt")
         return 0
     sources = HERE.parent / "csrc"
     ops = sorted(path.parent.name for path in sources.glob("*/bind_cuda.cpp"))
