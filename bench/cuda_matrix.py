@@ -96,7 +96,7 @@ def main() -> int:
         print(f"cuda_matrix: wrote {BUDGET}")
     if not find_disassembler(cuda):
         print(
-            "cuda_matrix: no cuobjdump: instructions not checked, tables not written: pip install -r bench/cuda_tools.txt"
+            "cuda_matrix: no cuobjdump, so no look at instructions and no tables: pip install -r bench/cuda_tools.txt"
         )
     elif not asked.quick and not failed:
         text = [heading(cuda, archs), matrix(kernels, launches, archs), instructions(kernels)]
