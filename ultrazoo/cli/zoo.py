@@ -47,11 +47,11 @@ def show(
     hidden_size: Annotated[int, typer.Option(min=1, help="Width at which parameters and state are counted.")] = 768,
     check: Annotated[
         bool,
-        typer.Option("--check", help="Measure a mixer against each law here, in about a minute; exit 3 if one breaks."),
+        typer.Option("--check", help="Measure the block against each law here, within a minute; exit 3 if one breaks."),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show a block: paper, equation, options, parameters, state, kernels, and the laws of the mixer contract."""
+    """Show a block: paper, equation, options, parameters, state, kernels, and the laws that it is held to."""
     from ultrazoo.config import ModelConfig, block_config, model_around
     from ultrazoo.registry import registry
 
@@ -79,13 +79,11 @@ def show(
 
 
 def _laws(spec: BlockSpec, check: bool) -> list[dict[str, Any]]:
-    """The laws of the mixer contract; measured here and now if asked for."""
-    if spec.kind != "mixer":
-        return []
-    from ultrazoo.testing.laws import LAWS, run_laws
+    """The laws that apply to the block; measured here and now if asked for."""
+    from ultrazoo.testing.laws import LAWS, laws_of, run_laws
 
     laws: list[dict[str, Any]] = [
-        {"law": name, "says": (law.__doc__ or "").replace("``", "")} for name, law in LAWS.items()
+        {"law": name, "says": (LAWS[name].__doc__ or "").replace("``", "")} for name in laws_of(spec.kind)
     ]
     if check:
         for entry, result in zip(laws, run_laws(spec), strict=True):

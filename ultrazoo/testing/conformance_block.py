@@ -14,20 +14,14 @@ from ultrazoo.bench.timing import interleave
 from ultrazoo.config import ModelConfig, block_config, model_around
 from ultrazoo.ops.library import get_kernel_policy, kernel_status, library_of
 from ultrazoo.registry import registry
-from ultrazoo.spec import BlockKind, BlockSpec
+from ultrazoo.spec import BlockSpec
 from ultrazoo.testing import conformance_model as models
 from ultrazoo.testing import conformance_training as training
 from ultrazoo.testing.conformance_result import Finding, absent, bounded, figure
 from ultrazoo.testing.law_kit import Subject, packed_rows
-from ultrazoo.testing.laws import LAWS, LawViolation
+from ultrazoo.testing.laws import LAWS, LawViolation, laws_of
 
 Check = Callable[[BlockSpec], Finding]
-LAW_KINDS: Mapping[BlockKind, tuple[str, ...]] = {
-    "mixer": tuple(LAWS),
-    "ffn": tuple(name for name in LAWS if name != "direction"),
-    "norm": tuple(name for name in LAWS if name != "direction"),
-}
-"""The laws that apply to a kind of block. An embedding is held to them in the model: it takes no vectors."""
 YARDSTICK = "standard_attn"
 WIDTHS = (384, 128, 256, 512, 768)
 SHAPES = {True: (2, 128, 0.2), False: (8, 256, 1.0)}
@@ -44,7 +38,7 @@ def checks_of(
         quick: Leave out what is slow and checked in a smaller way already.
         options: Fields of the block's config that differ from the tiny defaults of the laws.
     """
-    for name in LAW_KINDS.get(spec.kind, ()):
+    for name in laws_of(spec.kind):
         yield f"law: {name}", functools.partial(_law, name, spec, options)
     if spec.kind == "ffn":
         yield "law: auxiliary values", functools.partial(auxiliary, spec)

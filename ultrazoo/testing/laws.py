@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ultrazoo.spec import BlockSpec
+from ultrazoo.spec import BlockKind, BlockSpec
 from ultrazoo.testing.law_kit import (
     LAWS,
     ROUNDING,
@@ -36,7 +36,17 @@ from ultrazoo.testing.law_kit import (
     packed_rows,
 )
 
-__all__ = ["LAWS", "LawResult", "LawViolation", "run_laws"]
+__all__ = ["LAWS", "LawResult", "LawViolation", "laws_of", "run_laws"]
+
+
+def laws_of(kind: BlockKind) -> tuple[str, ...]:
+    """Return the names of the laws that apply to a kind of block.
+
+    Only a mixer has a direction. An embedding is held to them in a model: it takes no vectors.
+    """
+    if kind == "embedding":
+        return ()
+    return tuple(name for name in LAWS if kind == "mixer" or name != "direction")
 
 
 def run_laws(
@@ -47,9 +57,9 @@ def run_laws(
     Args:
         spec: The block.
         options: Fields of its config that differ from the tiny defaults.
-        laws: Names from ``LAWS``; all when None.
+        laws: Names from ``LAWS``; None: those of the block's kind.
     """
-    for name in LAWS if laws is None else laws:
+    for name in laws_of(spec.kind) if laws is None else laws:
         try:
             yield LAWS[name](spec, options)
         except LawViolation as violation:
