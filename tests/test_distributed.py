@@ -96,7 +96,10 @@ def test_two_replicas_train_as_one_process_and_their_checkpoint_goes_on_in_one(
     early = str(tmp_path / "two" / "checkpoints" / "step-000002")
     assert_same(run_training(branch, 1, "--resume", early), expected)
     assert_same_weights(folder, branch)
-    with pytest.raises(CheckpointError, match=r"taken by 2 processes.*run torchrun --nproc-per-node 2"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"taken by 2 processes.*run torchrun --nproc-per-node 2 -m ultrazoo resume \S+two --verify",
+    ):
         verify_run(tmp_path / "two")
     done = in_processes(2, "resume", str(tmp_path / "two"), "--verify")
     assert done.returncode == 0, done.stderr[-3000:]

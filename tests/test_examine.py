@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from train_parts import LENGTH, rows
 
-from ultrazoo.model import MaskedLMOutput
+from ultrazoo.config import ModelConfig
+from ultrazoo.model import MaskedLMOutput, build_model
 from ultrazoo.ops import retention
 from ultrazoo.train.amp import Precision
 from ultrazoo.train.examine import WEIGHTS, Examination, examine
@@ -78,6 +79,16 @@ def test_an_op_of_the_library_is_named_as_itself() -> None:
     assert seen.overflow is not None
     assert seen.overflow.op == "ultrazoo::retention"
     assert seen.origin.op == "aten::mul"
+
+
+def test_an_overflow_is_followed_through_rotary_positions() -> None:
+    names = {"layer_pattern": ["standard_attn"], "num_layers": 2, "hidden_size": 32, "num_heads": 2, "dropout": 0.0}
+    model = build_model(ModelConfig.model_validate({**names, "vocab_size": 64, "ffn_hidden_size": 32}))
+    with torch.no_grad():
+        model.get_parameter("layers.1.mixer.projections.qkv.weight")[0] = 3e38
+    seen = examine(model, [rows(0, 2)], Precision(CPU, None))  # type: ignore[list-item]
+    assert seen.overflow is not None
+    assert (seen.overflow.module, seen.overflow.op) == ("layers.1.mixer.projections.qkv", "aten::addmm")
 
 
 def test_memory_that_is_used_again_is_not_taken_for_what_it_held() -> None:

@@ -58,6 +58,12 @@ def test_profile_names_the_parts_and_changes_nothing(tmp_path: Path, checkpointi
     assert json.loads((tmp_path / "seen" / "profile.json").read_bytes())["traceEvents"]
 
 
+def test_steps_that_the_run_does_not_reach_are_told(tmp_path: Path) -> None:
+    out = io.StringIO()
+    train(small(tmp_path), run_dir=tmp_path / "run", profile=range(20, 23), console=Console(file=out, width=200))
+    assert "nothing was profiled: the run took 3 steps, expected 20 to 22" in out.getvalue()
+
+
 def test_products_are_counted_forwards_and_backwards(tmp_path: Path) -> None:
     text = io.StringIO()
     options = {"training.gradient_accumulation_steps": 1, "training.max_length": 64}

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ultrazoo.nn.rotary import rotate, rotate_pairs
+from ultrazoo.nn.rotary import rotate, rotate_pairs, turn_pairs
 
 
 def test_turns_each_pair_by_position_times_frequency():
@@ -64,3 +64,15 @@ def test_gradient_and_compile():
 def test_odd_width_is_refused():
     with pytest.raises(ValueError, match="head width 5"):
         rotate_pairs(torch.randn(1, 2, 1, 5), torch.tensor([[0, 1]]), torch.ones(2))
+
+
+def test_the_turn_is_an_operator_that_takes_any_strides():
+    x = torch.randn(2, 4, 3, 5, dtype=torch.float64).permute(0, 3, 2, 1).requires_grad_()
+    angles = torch.randn(1, 5, 2, dtype=torch.float64)
+    arguments = (x, angles.cos(), angles.sin())
+    torch.library.opcheck(turn_pairs, arguments)
+    assert torch.autograd.gradcheck(turn_pairs, arguments)
+    even, odd = x[..., ::2], x[..., 1::2]
+    cos, sin = angles.cos().unsqueeze(2), angles.sin().unsqueeze(2)
+    expected = torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
+    torch.testing.assert_close(turn_pairs(*arguments), expected)

@@ -115,6 +115,17 @@ def test_a_run_that_skipped_resumes_to_the_bit(tmp_path: Path) -> None:
     assert {**records.column("loss"), **more.column("loss")} == expected.column("loss")
 
 
+def test_a_checkpoint_between_a_skipped_step_and_the_next_record_is_written_and_read(tmp_path: Path) -> None:
+    settings = {"on_nan": "skip", "nan_check_interval": 1, "log_every_n_steps": 10, "max_steps": 10}
+    trainer, records = start(tmp_path, 3, **settings, checkpoint_every_n_steps=4)
+    run(trainer)
+    second, more = start(tmp_path / "more", 3, **settings)
+    second.restore(tmp_path / "step-000004")
+    run(second)
+    assert more.column("loss") == records.column("loss")
+    assert math.isfinite(records.column("loss")[10])
+
+
 def test_too_many_bad_steps_in_a_row_end_a_run_that_skips(tmp_path: Path) -> None:
     trainer, _ = start(tmp_path, 2, 3, 5, 6, 7, 8, on_nan="skip", nan_limit=3, checkpoint_every_n_steps=4)
     with pytest.raises(NonFiniteError, match=r"step 7: loss nan.*3 steps in a row.*weights are those of step 6") as end:

@@ -13,7 +13,7 @@ import torch
 from train_parts import Recorder, TinyModel, make_config, make_trainer
 
 from ultrazoo.config import Config
-from ultrazoo.errors import CheckpointError, ConfigError
+from ultrazoo.errors import CheckpointError, ConfigError, UltrazooError
 from ultrazoo.train.checkpoint import read_state, read_tensors
 from ultrazoo.train.loop import Trainer
 from ultrazoo.train.metrics import JsonLines, keep_until, set_aside
@@ -206,3 +206,11 @@ def test_metrics_are_cut_to_the_resumed_step_and_never_lost(tmp_path: Path) -> N
     assert set_aside(path) == tmp_path / "metrics.1.jsonl"
     assert set_aside(path) is None
     assert (tmp_path / "metrics.1.jsonl").read_text().count('"step": 4') == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_under_the_metrics_is_told_and_closing_the_file_does_not_hide_it() -> None:
+    writer = JsonLines(Path("/dev/full"))
+    with pytest.raises(UltrazooError, match=r"/dev/full: cannot be written: .*checkpoints are intact"):
+        writer.write({"step": 1, "loss": 1.0})
+    writer.close()

@@ -198,3 +198,49 @@ def test_a_lost_optimizer_is_refused_and_its_weights_begin_a_new_run(
         from ultrazoo.train.store import CheckpointStore
 
         find_weights("auto", CheckpointStore(tmp_path / "none", 1, 1))
+
+
+def test_a_stretch_in_which_something_changed_is_refused_from_the_beginning_too(run: Path) -> None:
+    changes = ("--set", "training.max_steps=11", "--set", "training.learning_rate=0.02")
+    assert call("resume", run, *changes) == 0
+    for step in (3, 6, 9):
+        shutil.rmtree(run / f"checkpoints/step-{step:06d}", ignore_errors=True)
+    with pytest.raises(CheckpointError, match=r"training\.learning_rate changed since the beginning"):
+        verify_run(run)
+
+
+def test_weights_that_a_run_began_with_are_taken_again_when_it_is_killed_before_its_first_checkpoint(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    new = tmp_path / "new"
+    assert call("train", run / "config.yaml", "--resume", "run", "--weights-only", "--output-dir", new) == 0
+    made = contents(new / "checkpoints/step-000009")[Path("model.safetensors")]
+    shutil.rmtree(new / "checkpoints")
+    monkeypatch.chdir(run)
+    capsys.readouterr()
+    assert call("resume", new) == 0
+    assert f"the run begins with the weights of {run / 'checkpoints/step-000009'} again" in capsys.readouterr().err
+    assert contents(new / "checkpoints/step-000009")[Path("model.safetensors")] == made
+    with pytest.raises(CheckpointError, match="the run began elsewhere"):
+        verify_run(new, steps=20)
+
+
+def test_a_run_that_goes_on_from_a_copied_checkpoint_keeps_its_metrics(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    saved = run.parent / "saved"
+    shutil.copytree(run / "checkpoints/step-000006", saved)
+    for step in (6, 9):
+        shutil.rmtree(run / f"checkpoints/step-{step:06d}")
+    assert call("train", run / "config.yaml", "--resume", saved, "--output-dir", run) == 0
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == before
+
+    branch = run.parent / "branch"
+    branch.mkdir()
+    (branch / "metrics.jsonl").write_text("another run's\n")
+    monkeypatch.chdir(run / "checkpoints")
+    assert call("train", run / "config.yaml", "--resume", "step-000003", "--output-dir", branch) == 0
+    assert [json.loads(line)["step"] for line in (branch / "metrics.jsonl").read_text().splitlines()] == before
+    assert (branch / "metrics.1.jsonl").read_text() == "another run's\n"

@@ -47,6 +47,37 @@ def rotate_pairs(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
         )
     dtype = torch.promote_types(x.dtype, torch.float32)
     angles = positions.unsqueeze(-1).to(dtype) * frequencies.to(dtype)
-    turns = torch.polar(torch.ones_like(angles), angles).unsqueeze(2)  # (B, L, 1, K / 2), a pair is a complex number
-    pairs = torch.view_as_complex(x.to(dtype).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+    return turn_pairs(x, angles.cos(), angles.sin())
+
+
+@torch.library.custom_op("ultrazoo::turn_pairs", mutates_args=())
+def turn_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Multiply pair j of ``x``, read as a complex number, by ``cos_j + i sin_j``.
+
+    Args:
+        x: (B, L, H, K), channels (2j, 2j + 1) a pair.
+        cos: (B or 1, L, K / 2) fp32, or fp64.
+        sin: Likewise.
+
+    Returns:
+        (B, L, H, K) in the dtype of ``x``; products are taken in that of ``cos``.
+    """
+    pairs = torch.view_as_complex(x.to(cos.dtype).contiguous().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(cos, sin).unsqueeze(2)).flatten(-2).to(x.dtype)
+
+
+@turn_pairs.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+    cos, sin = ctx.saved_tensors  # type: ignore[attr-defined]
+    return turn_pairs(grad, cos, -sin), None, None
+
+
+turn_pairs.register_autograd(_backward, setup_context=_save)

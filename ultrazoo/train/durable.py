@@ -52,8 +52,10 @@ def publish(folder: Path, files: Mapping[str, Callable[[Path], Any]]) -> None:
         flush(temporary)
         temporary.rename(folder)
         flush(folder.parent)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
         raise CheckpointError(
             f"{folder}: cannot be written: {error}; the earlier checkpoints are intact; free some space, "
             "then continue with --resume auto"

@@ -12,6 +12,8 @@ from typing import IO, Any
 from ultrazoo.errors import ConfigError
 from ultrazoo.train.durable import remove_leftovers, write_text
 
+ENVIRONMENT = "env.json"
+
 
 class RunFolder:
     """While entered, a folder that this process alone trains in.
@@ -73,9 +75,25 @@ class RunFolder:
         """Write config.yaml and tokenizer.json, and add this start to those listed in env.json."""
         write_text(self.path / "config.yaml", config_yaml)
         write_text(self.path / "tokenizer.json", tokenizer_json)
-        path = self.path / "env.json"
-        starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []
-        write_text(path, json.dumps({"starts": [*starts, start]}, indent=2) + "\n")
+        write_text(self.path / ENVIRONMENT, json.dumps({"starts": [*self._listed(), start]}, indent=2) + "\n")
+
+    def starts(self) -> list[dict[str, Any]]:
+        """Return the starts of env.json that the run is made of, those left out that a later one began before."""
+        kept: list[dict[str, Any]] = []
+        for start in self._listed():
+            while kept and kept[-1]["step"] >= start["step"]:
+                kept.pop()
+            kept.append(start)
+        return kept
+
+    def first_weights(self) -> str | None:
+        """Return the checkpoint whose weights the run began with, if it did not begin with random ones."""
+        starts = self.starts()
+        return starts[0].get("weights_from") if starts and starts[0]["step"] == 0 else None
+
+    def _listed(self) -> list[dict[str, Any]]:
+        path = self.path / ENVIRONMENT
+        return json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []
 
 
 def _take(file: IO[str]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,7 +47,26 @@ class JsonLines:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with suppress(OSError):  # of a write that failed, and was told
+            self._file.close()
+
+
+def take_over(checkpoint: Path, target: Path, step: int) -> Path | None:
+    """Begin the metrics of a run with those that led to the checkpoint it continues from.
+
+    They lie beside the folder ``checkpoints`` that holds it; where there are none, it is a copy put elsewhere, and the
+    run's own are taken.
+
+    Returns:
+        Where the metrics of another run that were in the place are kept now.
+    """
+    home = checkpoint.resolve().parent
+    source = home.parent / target.name
+    if home.name != "checkpoints" or not source.is_file():
+        source = target
+    aside = None if source.resolve() == target.resolve() else set_aside(target)
+    keep_until(source, target, step)
+    return aside
 
 
 def keep_until(source: Path, target: Path, step: int) -> None:
@@ -149,14 +169,15 @@ class Window:
                 means[name] = math.fsum(values) / len(values)
         return means
 
-    def state_dict(self) -> list[dict[str, float]]:
-        """JSON values of the steps so far, for a checkpoint between two records."""
+    def state_dict(self) -> list[dict[str, float | None]]:
+        """JSON values of the steps so far, for a checkpoint between two records; None stands for what is not finite."""
         self._collect()
-        return self._done
+        return _finite(self._done)
 
-    def load_state_dict(self, state: list[dict[str, float]]) -> None:
+    def load_state_dict(self, state: list[dict[str, float | None]]) -> None:
         """Continue from the steps of a checkpoint."""
-        self._done, self._pending = [dict(step) for step in state], []
+        steps = [{name: math.nan if value is None else value for name, value in step.items()} for step in state]
+        self._done, self._pending = steps, []
 
 
 def plain(stats: Mapping[str, torch.Tensor]) -> dict[str, Any]:

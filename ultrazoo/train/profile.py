@@ -136,8 +136,14 @@ class StepProfiler:
             self.finish()
 
     def finish(self) -> None:
-        """Stop watching; print and write what was found, if anything was."""
+        """Stop watching; print and write what was found, or say that the run did not get there."""
         if self._profile is None:
+            if self._taken < self.steps.start:
+                self.console.print(
+                    f"profile: nothing was profiled: the run took {self._taken} steps, expected {self.steps.start} to "
+                    f"{self.steps.stop - 1}; give others with --profile-steps",
+                    soft_wrap=True,
+                )
             return
         profile, self._profile = self._profile, None
         profile.__exit__(None, None, None)
@@ -187,7 +193,8 @@ def parts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         raise ConfigError(f"--profile: got a {type(model).__name__}, expected the model of a config")
     yield "head and loss", model
     yield "embeddings", model.embeddings
-    yield "norms", model.embeddings.get_submodule("norm")
+    if isinstance(norm := getattr(model.embeddings, "norm", None), nn.Module):
+        yield "norms", norm
     for layer in model.layers:
         yield "dropout and residuals", layer
         for name, module in layer.named_children():

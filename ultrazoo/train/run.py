@@ -19,7 +19,7 @@ from ultrazoo.train.display import PlainDisplay, final_table, make_display
 from ultrazoo.train.folder import RunFolder
 from ultrazoo.train.loop import Trainer
 from ultrazoo.train.memory import memory_told
-from ultrazoo.train.metrics import JsonLines, TensorBoard, keep_until, set_aside
+from ultrazoo.train.metrics import JsonLines, TensorBoard, set_aside, take_over
 from ultrazoo.train.profile import StepProfiler
 from ultrazoo.train.resume import check_match, check_weights, find_checkpoint, find_weights
 from ultrazoo.train.runtime import environment, prepared
@@ -69,15 +69,20 @@ def train(
         device = stack.enter_context(prepared(training))
         store = CheckpointStore(folder.checkpoints, training.max_rolling_checkpoints, training.num_best_checkpoints)
         start = None if weights_only else team.leader_says(lambda: find_checkpoint(resume, store, say))
+        if resume == "auto" and start is None and (again := team.leader_says(folder.first_weights)):
+            say(f"resume: the run begins with the weights of {again} again")
+            resume, weights_only = again, True
         weights = team.leader_says(lambda: find_weights(resume, store)) if weights_only else None
         team.leader_says(store.tidy)
         data = team.in_turn(lambda: build_data(training, config.model.vocab_size, say))
         data.share = Share(team.rank, team.size)
         if weights is not None:
             check_weights(weights, config, tokenizer_sha256=data.tokenizer_sha256)
+        changed: list[str] = []
         if start is not None:
             hashes = {"tokenizer_sha256": data.tokenizer_sha256, "data_fingerprint": data.fingerprint}
-            for note in check_match(start, config, **hashes):
+            changed = check_match(start, config, **hashes)
+            for note in changed:
                 say(f"resume: changed since the checkpoint: {note}")
         plan = make_plan(training, data.rows_per_epoch)
         display = make_display(console, plan.total_steps)
@@ -92,14 +97,16 @@ def train(
         trainer = Trainer(config, model.to(device), data, plan, shared, display, team)
         if start is not None:
             trainer.restore(start)
-            if team.leads:
-                keep_until(start.parents[1] / "metrics.jsonl", folder.metrics, trainer.progress.step)
             display.say(f"resume: continuing from {start}")
-        elif team.leads and (aside := set_aside(folder.metrics)) is not None:
-            display.say(f"metrics of an earlier run that left no checkpoint are kept as {aside}")
+        if team.leads:
+            step = trainer.progress.step
+            aside = set_aside(folder.metrics) if start is None else take_over(start, folder.metrics, step)
+            if aside is not None:
+                display.say(f"metrics of an earlier run that left no checkpoint are kept as {aside}")
         step = trainer.progress.step
         receipt = {**environment(device), "step": step, "resumed_from": str(start) if start else None}
-        receipt["weights_from"] = str(weights) if weights else None
+        receipt["weights_from"] = str(weights.resolve()) if weights else None
+        receipt["changed"] = changed
         receipt["processes"], receipt["distributed"] = team.size, team.kind
         if team.leads:
             folder.describe(config.to_yaml(), data.vocabulary.text, receipt)

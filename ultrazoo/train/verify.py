@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 import ultrazoo
-from ultrazoo.config import Config, config_from_dict, load_config
+from ultrazoo.config import config_from_dict
 from ultrazoo.data import build_data
 from ultrazoo.data.batch import Share
 from ultrazoo.errors import CheckpointError
@@ -33,9 +33,9 @@ from ultrazoo.train.checkpoint import (
     verify_checkpoint,
 )
 from ultrazoo.train.display import PlainDisplay
-from ultrazoo.train.durable import read_json
 from ultrazoo.train.folder import RunFolder
 from ultrazoo.train.loop import Trainer
+from ultrazoo.train.memory import memory_told
 from ultrazoo.train.metrics import JsonLines
 from ultrazoo.train.resume import UNREMARKABLE, check_match
 from ultrazoo.train.runtime import prepared
@@ -154,19 +154,21 @@ def verify_run(
     """
     if not run_dir.is_dir():
         raise CheckpointError(f"{run_dir}: no such folder; expected a run folder such as runs/embbert")
-    with ExitStack() as stack:
-        team, own = stack.enter_context(joined(load_config(run_dir / "config.yaml").config.training))
+    with memory_told(), ExitStack() as stack:
         folder = RunFolder(run_dir)
+        present = CheckpointStore(folder.checkpoints, 0, 0).complete()
+        if not present:
+            raise CheckpointError(f"{run_dir}: holds no checkpoint to verify")
+        made_with = config_from_dict(read_config(present[-1]), str(present[-1]))
+        team, own = stack.enter_context(joined(made_with.training))
         team.leader_says(lambda: stack.enter_context(folder) and None)
-        start, originals = team.leader_says(
-            lambda: _choose(CheckpointStore(folder.checkpoints, 0, 0), folder.path, steps)
-        )
+        start, originals = team.leader_says(lambda: _choose(CheckpointStore(folder.checkpoints, 0, 0), folder, steps))
         last = originals[max(originals)]
         config, state = config_from_dict(read_config(last), str(last)), read_state(last)
         begun = 0 if start is None else read_state(start)["step"]
         found = Verification(start=None if start is None else start.name, steps=state["step"] - begun)
         found.notes = _notes(state)
-        team.leader_says(lambda: _require_repeatable(config, start, last, team.size))
+        team.leader_says(lambda: _require_repeatable(folder, start, originals, team.size))
         here = {"num_threads": state["num_threads"], "report_to": (), "device": own.device}
         training = config.training.model_copy(update=here)
         config = config.model_copy(update={"training": training})
@@ -197,11 +199,9 @@ def verify_run(
     return found
 
 
-def _choose(store: CheckpointStore, run_dir: Path, steps: int | None) -> tuple[Path | None, dict[int, Path]]:
+def _choose(store: CheckpointStore, folder: RunFolder, steps: int | None) -> tuple[Path | None, dict[int, Path]]:
     """The checkpoint to begin at, None for the beginning of the run, and those to compare with, by step."""
     present = store.complete()
-    if not present:
-        raise CheckpointError(f"{run_dir}: holds no checkpoint to verify")
     for path in present:
         verify_checkpoint(path)
     numbered = {int(read_state(path)["step"]): path for path in present}
@@ -209,45 +209,49 @@ def _choose(store: CheckpointStore, run_dir: Path, steps: int | None) -> tuple[P
     earlier = [step for step in numbered if step < newest and (steps is None or step <= newest - steps)]
     if earlier:
         return numbered[max(earlier)], {step: path for step, path in numbered.items() if step > max(earlier)}
-    starts = read_json(run_dir / "env.json")["starts"]
-    if starts[0]["step"] != 0 or starts[0].get("weights_from"):
+    if folder.starts()[0]["step"] != 0 or folder.first_weights():
         raise CheckpointError(
-            f"{run_dir}: no checkpoint lies {steps or 1} or more steps before {numbered[newest].name}, and the run "
+            f"{folder.path}: no checkpoint lies {steps or 1} or more steps before {numbered[newest].name}, and the run "
             "began elsewhere; keep more of them (training.max_rolling_checkpoints), or lower --steps"
         )
     return None, numbered
 
 
-def _require_repeatable(config: Config, start: Path | None, last: Path, size: int) -> None:
-    before, processes = (read_state(path or last).get("processes", 1) for path in (start, last))
-    if before != processes:
-        raise CheckpointError(
-            f"{last}: taken by {processes} processes, and {before} since {start}; verify a later stretch"
-        )
-    if processes != size:
-        raise CheckpointError(
-            f"{last}: taken by {processes} processes, whose sums {size} cannot repeat to the bit; run torchrun "
-            f"--nproc-per-node {processes} -m ultrazoo resume --verify"
-        )
-    if config.training.max_minutes is not None:
+def _require_repeatable(folder: RunFolder, start: Path | None, originals: dict[int, Path], size: int) -> None:
+    """Refuse a stretch in which something changed that its steps depend on, or that cannot be had again here."""
+    last = originals[max(originals)]
+    begun = 0 if start is None else read_state(start)["step"]
+    stretch = [path for path in (start, *originals.values()) if path is not None]
+    states, after = [read_state(path) for path in stretch], read_config(last)
+    if after["training"]["max_minutes"] is not None:
         raise CheckpointError(
             f"{last}: training.max_minutes makes the learning rate follow the clock, which cannot be turned back; "
             "only runs of max_steps or num_epochs can be verified"
         )
-    if start is None:
-        return
-    before, after = read_config(start), read_config(last)
-    changed = [
+    processes = states[-1].get("processes", 1)
+    starts = [one for one in folder.starts() if begun <= one["step"] < max(originals)]
+    if {processes} != {one.get("processes", 1) for one in (*states, *starts)}:
+        raise CheckpointError(f"{last}: the number of processes changed since {start}; verify a later stretch")
+    if processes != size:
+        again = f"torchrun --nproc-per-node {processes} -m ultrazoo" if processes > 1 else "ultrazoo"
+        raise CheckpointError(
+            f"{last}: taken by {processes} process{'es' * (processes > 1)}, which {size} cannot repeat to the bit; run "
+            f"{again} resume {folder.path} --verify"
+        )
+    changed = {
         f"{section}.{name}"
+        for before in map(read_config, stretch)
         for section in ("model", "training")
-        for name in sorted({*before[section], *after[section]})
-        if before[section].get(name) != after[section].get(name) and name not in WITHOUT_PART
-    ]
-    if changed:
-        raise CheckpointError(f"{last}: {', '.join(changed)} changed since {start.name}; verify a later stretch")
-    returns = [read_state(path)["progress"].get("rollbacks", 0) for path in (start, last)]
-    if returns[0] != returns[1]:
-        raise CheckpointError(f"{last}: the run rolled back since {start.name}; verify a later stretch")
+        for name in {*before[section], *after[section]}
+        if before[section].get(name) != after[section].get(name)
+    }
+    changed |= {note.partition(":")[0] for one in starts for note in one.get("changed", ())}
+    if changed := {name for name in changed if name.partition(".")[2] not in WITHOUT_PART}:
+        since = "the beginning" if start is None else start.name
+        raise CheckpointError(f"{last}: {', '.join(sorted(changed))} changed since {since}; verify a later stretch")
+    returns = [state["progress"].get("rollbacks", 0) for state in (states[0], states[-1])]
+    if returns[-1] != (0 if start is None else returns[0]):
+        raise CheckpointError(f"{last}: the run rolled back on the way; verify a later stretch")
 
 
 def _notes(state: dict[str, Any]) -> list[str]:
