@@ -21,6 +21,7 @@ import torch
 from ultrazoo.ops import kernel_status
 from ultrazoo.registry import registry
 from ultrazoo.spec import OpSpec
+from ultrazoo.testing.model_parity import with_kernels
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DTYPES = ("float32", "bfloat16")
@@ -42,10 +43,12 @@ def main() -> int:
         print(f"gpu_check: no {device} here: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
         return FAILED
     specs = [spec for spec in registry().ops().values() if not asked.ops or spec.name.partition("::")[2] in asked.ops]
-    for status in (kernel_status(spec.name, device.type) for spec in specs):
+    expected = specs if asked.ops else [spec for spec in specs if with_kernels([spec.name], device)]
+    for status in (kernel_status(spec.name, device.type) for spec in expected):
         if not status.compiled:
             print(f"gpu_check: {status.op} has no kernel for {device}: {status.detail}; {status.fix}")
             return FAILED
+    specs = expected
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     report: dict[str, Any] = {"device": name, "doctor": _ultrazoo("doctor", "--json"), "parity": [], "bench": []}
     for spec in specs:

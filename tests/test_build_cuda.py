@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from nvcc_parts import fake_nvcc, use_fake_toolkit
 
-from ultrazoo.ops import build, compiling, nvcc, toolkit
+from ultrazoo.ops import build, compiling, loader, nvcc, status, toolkit
 
 ROOT = Path(__file__).resolve().parents[1]
 try:
@@ -185,3 +187,19 @@ def test_nvcc_compiles_kernels_that_load_without_a_gpu(
     if nm is not None:  # the runtime is linked statically, and stays our own beside torch's
         symbols = subprocess.run([nm, "-D", str(tmp_path / "library.so")], capture_output=True, text=True, check=True)
         assert not [line for line in symbols.stdout.splitlines() if " cuda" in line]
+
+
+def test_kernels_without_code_for_a_gpu_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = build.Made("key", "13.0", ("80", "86"))
+    monkeypatch.setattr(loader, "cuda_kernels", lambda namespace: made)
+    monkeypatch.setattr(loader, "_lacking", {})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(8, 9), (9, 0)][index])
+    assert loader.lacks_code_for("ultrazoo", 0) == ""
+    assert loader.lacks_code_for("ultrazoo", 1) == "its CUDA code is for 80 86, the GPU is 9.0"
+    op = SimpleNamespace(namespace="ultrazoo", has_kernel=lambda device: True)
+    assert status.of_op("ultrazoo::op", "cuda", {"ultrazoo::op": op}).compiled, "one of the two has it"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(loader, "_lacking", {})
+    found = status.of_op("ultrazoo::op", "cuda", {"ultrazoo::op": op})
+    assert not found.compiled and "the GPU is 9.0" in found.detail and "TORCH_CUDA_ARCH_LIST" in found.fix

@@ -21,6 +21,7 @@ try:
 except build.BuildError as error:
     pytest.skip(error.reason, allow_module_level=True)
 
+CPU = torch.device("cpu")
 TWO = """
 import torch, ultrazoo_demo, ultrazoo_other
 from ultrazoo.ops import kernel_status, loader
@@ -200,7 +201,7 @@ def test_an_op_library_without_sources_is_whole(caplog: pytest.LogCaptureFixture
     status = kernel_status("test_plain_ops::scaled", "cpu")
     assert not status.compiled and status.detail == "test_plain_ops has no compiled kernels"
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
-    assert with_kernels(["test_plain_ops::scaled", "foreign::op"]) == []  # nothing that a model could be proved by
+    assert with_kernels(["test_plain_ops::scaled", "foreign::op"], CPU) == []  # nothing to prove a model by
     with pytest.raises(PluginError, match="expected a name without namespace"):
         plain.define("aten::foo(Tensor x) -> Tensor", torch.neg, fake=torch.empty_like)
     with kernel_policy("compiled"), pytest.raises(library.KernelUnavailableError, match="has no compiled kernels"):

@@ -2,7 +2,7 @@
 // applying them; causal: 4 K V) and 2 C (K + V) for the pairs within chunks of C tokens; bytes of q, k, v and o. At K
 // 64, V 128, C 64 that is 90 kflop against 1.5 kB in fp32, so arithmetic binds: products run on tiles held in registers
 // (tile.cuh), 64 tokens by 64 or 128 columns a block of 128 threads, at most 31 KB of shared memory and 128 registers,
-// so that three to four blocks fit on an SM. fp32 sums throughout.
+// so that three to four blocks fit on an SM (of 16-bit states two, where an SM has 100 KB). fp32 sums throughout.
 //
 // Inputs of 16 bits go to tensor cores from sm_80 on (mma.cuh): scores by mma.m16n8k16 of the inputs themselves, the
 // products with scores and states, which are fp32, by mma.m16n8k8 in tf32: nothing overflows in fp16, and what is
@@ -56,7 +56,10 @@ struct Spans {
   }
 };
 
-// Whether the device has tensor cores for such inputs, and code for it uses them: kTensorCores.
+// PTX of before sm_80 on a newer device is the plain body, in the memory that is asked for the other one.
+static_assert(kOutputLeft + kOutputRight >= (2 * kDepth + kTile) * kLong<1> * sizeof(float), "the plain body fits");
+
+// Whether the device has tensor cores for such inputs; code compiled for it uses them: kTensorCores.
 template <class T>
 bool by_tensor_cores() {
   int device = 0, major = 0;

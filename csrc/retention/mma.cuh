@@ -1,7 +1,7 @@
 // Tensor cores, for inputs of 16 bits from sm_80 on. Products of two inputs take them as they are: mma.m16n8k16, exact
-// but for the order of its fp32 sums. A product with scores or a state, which are fp32 and may be beyond 65504, takes
-// both sides in tf32: the fp32 side is rounded to 11 bits, the input is exact. As many mma as two parts of 16 bits
-// would take, for either dtype.
+// but for its sums, which align the addends and cut off what is below. A product with scores or a state, which are fp32
+// and may be beyond 65504, takes both sides in tf32: the fp32 side is rounded to 11 bits, the input is exact. As many
+// mma as two parts of 16 bits would take, for either dtype.
 //
 // A warp holds a product in pieces of 16 rows by 8 columns: lane 4 g + t has rows g, g, g + 8, g + 8 and columns
 // 2 t, 2 t + 1, 2 t, 2 t + 1 of it. What is summed over comes in any order, as long as both sides agree: tf32 takes
@@ -91,7 +91,8 @@ void emulate(float (&sum)[4], const unsigned (&left)[4], unsigned right0, unsign
 // and column g of right, at numbers 2 t, 2 t, 2 t + 1, 2 t + 1 and 2 t, 2 t + 1 of the eight.
 __device__ __forceinline__ void mma(float (&sum)[4], const unsigned (&left)[4], unsigned right0, unsigned right1) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right0), "r"(right1));
@@ -107,12 +108,14 @@ template <class T>
 __device__ __forceinline__ void mma16(float (&sum)[4], const unsigned (&left)[4], unsigned right0, unsigned right1) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   if constexpr (kIsBf16<T>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right0), "r"(right1));
   } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right0), "r"(right1));

@@ -72,7 +72,7 @@ def parity(
             kind: torch.dtype = getattr(torch, name)
             cases = Cases(spec, target, kind)
             backends = backends_of(spec, target)
-            if "compiled" not in backends and with_kernels([spec.name]):
+            if "compiled" not in backends and with_kernels([spec.name], target):
                 status = kernel_status(spec.name, target.type)
                 say(f"parity: {spec.name}: by its reference alone: {status.detail}; {status.fix}")
             for backend in backends:

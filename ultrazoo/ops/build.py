@@ -158,7 +158,7 @@ def without_cuda(path: Path, sources: Path | None = None) -> BuildError | None:
     if failed := _record(path.parent).get("cuda"):
         return BuildError(failed["reason"], failed["fix"])
     try:
-        find_cuda()
+        find_cuda(device_archs())
     except BuildError as error:
         return error
     return BuildError(f"{path} was compiled without them", "reinstall it where nvcc is")

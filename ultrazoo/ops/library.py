@@ -63,7 +63,7 @@ log = logging.getLogger("ultrazoo")
 _libraries: dict[str, OpLibrary] = {}
 _ops: dict[str, Op] = {}
 """Every op by its full name."""
-_announced: set[tuple[str, str, str, bool]] = set()
+_announced: set[tuple[str, str, str, str | None]] = set()
 
 
 class Op:
@@ -79,33 +79,40 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         lead: torch.Tensor = args[0]
-        by_reference = policy.current == "reference" or lead.dtype not in self.dtypes
+        unfit = "" if lead.dtype in self.dtypes else f"the kernels take {self.dtypes}, not {lead.dtype}"
+        if not unfit and lead.is_cuda and not torch.compiler.is_compiling():
+            unfit = loader.lacks_code_for(self.namespace, lead.get_device())
+        by_reference = policy.current == "reference" or bool(unfit)
         if by_reference and policy.current == "compiled":
             raise KernelUnavailableError(
-                f"{self.qualname}: no compiled kernel for {lead.dtype}, expected one of {self.dtypes}; "
-                "use kernels: auto, or another dtype"
+                f"{self.qualname}: no compiled kernel for these inputs: {unfit}; use kernels: auto, or other inputs"
             )
         if not torch.compiler.is_compiling():
-            self.prepare(lead.device.type, by_reference)
+            self.prepare(lead.device.type, unfit if by_reference else None)
         return (self.reference if by_reference else self.default)(*args)
 
     def has_kernel(self, device: str) -> bool:
         """True when a compiled kernel (not just the reference) is registered for a device type."""
         return bool(torch._C._dispatch_has_kernel_for_dispatch_key(self.qualname, device.upper()))
 
-    def prepare(self, device: str, by_reference: bool = False) -> None:
+    def prepare(self, device: str, unfit: str | None = None) -> None:
         """Load the kernels, and say once what this op runs on this device type and why.
+
+        Args:
+            device: Type of the device.
+            unfit: The reference runs: why the kernels do not take the inputs, "" if it was asked for. None: they do.
 
         Raises:
             KernelUnavailableError: the policy is ``compiled`` and the op or its backward has no kernel.
         """
-        key = (self.qualname, device, policy.current, by_reference)
+        key = (self.qualname, device, policy.current, unfit)
         if key in _announced or device == "meta":
             return
         where = f"kernels: {self.qualname} on {device}"
-        if by_reference:
-            why = "asked for" if get_kernel_policy() == "reference" else f"the kernels take {self.dtypes}"
-            log.info("%s runs the reference: %s", where, why)
+        if unfit is not None:
+            asked = get_kernel_policy() == "reference"
+            level = logging.WARNING if device == "cuda" and unfit and not asked else logging.INFO
+            log.log(level, "%s runs the reference: %s", where, "asked for" if asked else unfit)
         else:
             found = kernel_status(self.qualname, device)
             if not found.compiled and policy.current == "compiled":

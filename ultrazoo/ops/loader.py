@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ultrazoo.errors import KernelUnavailableError
-from ultrazoo.ops import build
+from ultrazoo.ops import build, nvcc
 from ultrazoo.ops.build import BUILT_IN
 
 log = logging.getLogger("ultrazoo")
@@ -34,6 +34,8 @@ class Loaded:
 
 _sources: dict[str, Path | None] = {}
 _loaded: dict[str, Loaded] = {}
+_lacking: dict[tuple[str, int], str] = {}
+"""Why the CUDA kernels of a namespace do not run on a GPU, "" where they do."""
 _chosen_isa = ""
 _lock = threading.Lock()
 
@@ -42,6 +44,7 @@ def declare(namespace: str, sources: Path | None) -> None:
     """Say where the kernels of a plugin's namespace have their sources; None: there are none to compile."""
     _sources[namespace] = sources
     _loaded.pop(namespace, None)
+    _lacking.clear()
 
 
 def sources_of(namespace: str) -> Path | None:
@@ -88,6 +91,24 @@ def cuda_kernels(namespace: str = BUILT_IN) -> build.Made | None:
     path = load(namespace).path
     made = build.made_from(path) if path else None
     return made if made and made.archs else None
+
+
+def lacks_code_for(namespace: str, device: int) -> str:
+    """Tell why the CUDA kernels of a namespace do not run on a GPU that is here; "" where they do, or there are none.
+
+    Args:
+        namespace: Whose.
+        device: Index of the GPU.
+    """
+    if (namespace, device) not in _lacking:
+        if device >= torch.cuda.device_count():  # a fake tensor's
+            return ""
+        made, (major, minor) = cuda_kernels(namespace), torch.cuda.get_device_capability(device)
+        fits = made is None or nvcc.runs_on(made.archs, 10 * major + minor)
+        _lacking[namespace, device] = (
+            "" if made is None or fits else f"its CUDA code is for {' '.join(made.archs)}, the GPU is {major}.{minor}"
+        )
+    return _lacking[namespace, device]
 
 
 def cpu_isa(namespace: str = BUILT_IN) -> str | None:

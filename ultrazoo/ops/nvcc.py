@@ -167,18 +167,23 @@ def _listed(text: str, offered: set[int], nvcc: str) -> tuple[str, ...]:
 
 
 def _for_devices(devices: Iterable[int], offered: set[int], nvcc: str) -> tuple[str, ...]:
-    """Choose for each device the code that fits it best, or else PTX; without devices, code for all and PTX."""
-    archs = []
+    """Choose for each device the code that fits it best, or else PTX; without devices, code for all and PTX.
+
+    A device that nvcc knows nothing for is left out beside others: its tensors go to the references.
+    """
+    archs, lacking = [], []
     for device in sorted(devices):
         kin = [number for number in offered if number // 10 == device // 10 and number <= device]
         older = [number for number in offered if number < device]
         if kin or older:
             archs.append(str(max(kin)) if kin else f"{max(older)}+PTX")
         else:
-            raise BuildError(
-                f"{nvcc} does not compile for this machine's GPU, of compute capability {device / 10}",
-                "install a CUDA toolkit that does (CUDA 12 for those before 7.5), and name its folder in CUDA_HOME",
-            )
+            lacking.append(device)
+    if lacking and not archs:
+        raise BuildError(
+            f"{nvcc} does not compile for this machine's GPU, of compute capability {lacking[-1] / 10}",
+            "install a CUDA toolkit that does (CUDA 12 for those before 7.5), and name its folder in CUDA_HOME",
+        )
     if not archs:
         archs = [str(number) for number in CUDA_ARCHS if number in offered]
         archs[-1] += "+PTX"

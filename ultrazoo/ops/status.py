@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ultrazoo.errors import UnknownNameError
 from ultrazoo.ops import build, loader
 
@@ -38,7 +40,12 @@ def of_op(name: str, device: str, ops: Mapping[str, Any]) -> KernelStatus:
     backward = backward_op.has_kernel(device) if backward_op is not None else None
     compiled = forward and backward is not False
     lacks_cuda = _without_cuda(op.namespace) if device == "cuda" else None
-    if compiled:
+    gpus = range(torch.cuda.device_count() if compiled and device == "cuda" else 0)
+    unfit = [loader.lacks_code_for(op.namespace, index) for index in gpus]
+    if unfit and all(unfit):
+        compiled, detail = False, f"{loaded.path}: {unfit[0]}"
+        fix = "unset TORCH_CUDA_ARCH_LIST, or name the GPU's own there, where nvcc is"
+    elif compiled:
         detail, fix = f"{_code(op.namespace, device)}{loaded.path}", ""
     elif lacks_cuda is not None:
         detail, fix = lacks_cuda.reason, lacks_cuda.fix
