@@ -190,6 +190,16 @@ def test_state_dict_round_trip_and_parameter_table():
     assert [part for part, _ in table][-1] == "head bias"
 
 
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm", "dynamic_tanh", "derf"])
+def test_under_every_norm_the_head_hears_the_encoder_from_the_first_step(norm):
+    """With vectors as small as they leave a norm without statistics, only the bias of the head would be learned."""
+    model = build(norm_type=norm, hidden_size=256, num_heads=4, ffn_hidden_size=256, vocab_size=512, num_layers=2)
+    ids = torch.randint(5, 512, (8, 32), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        spread = model(ids).logits.std(dim=(0, 1)).mean().item()  # over positions, of each token's score
+    assert 0.03 < spread < 3, spread
+
+
 def test_the_encoder_compiles_into_one_graph():
     model = build(use_moe=True, norm_type="dynamic_tanh", num_layers=1, num_loops=2).eval()
     ids, segments, _ = batch()

@@ -26,8 +26,8 @@ SMALL = {
 }
 TOTALS = {
     "embbert": 945_216,
-    "frankenstein": 340_461_804,
-    "mini": 26_999_991,
+    "frankenstein": 340_461_805,
+    "mini": 26_999_992,
     "standard": 109_512_762,
     "standard_hope": 132_335_514,
     "tinybert": 14_380_770,
@@ -105,6 +105,7 @@ def hybrid(V: int, D: int, H: int, L: int, F: int, E: int, per_norm: int, bitnet
         f"ffn moe (x {L})": L * moe(D, F, bitnet=bitnet),
         "final norm": 2 * D + per_norm,
         "head transform": D * E + E,
+        "head scale": 1,
         "head norm": 2 * E + per_norm,
         "head bias": V,
     }

@@ -208,6 +208,7 @@ _PARTS = {
     "embeddings": "other embeddings",  # a plugin's own; the parts of the layers follow
     "final_norm": "final norm",
     "head.dense": "head transform",
+    "head.scale": "head scale",
     "head.norm": "head norm",
     "head.decoder": "head decoder",
     "head.bias": "head bias",

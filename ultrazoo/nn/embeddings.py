@@ -140,11 +140,14 @@ def sinusoids(length: int, width: int, device: torch.device | None = None) -> Te
 class MaskedLMHead(nn.Module):
     """logits = T norm(act(W h + b)) + c, T the token table where tied (arXiv 1810.04805; factorised: 1909.11942).
 
-    W leads from D to the width of the token table, so a factorised head is V x E as well, tied or not.
+    W leads from D to the width of the token table, so a factorised head is V x E as well, tied or not. Before a norm
+    without statistics stands a learned number ``scale``, of initial value 8 / (initializer_range D^0.5): h comes out of
+    such a norm too, at about a quarter of unit size, W makes that initializer_range D^0.5 times as large and the
+    activation halves it. Passed on as small as that, the bias alone would be learned for thousands of steps.
 
     Args:
         config: Widths, activation, tying.
-        norm: Norm over the width of the token table.
+        norm: Norm over the width of the token table; an attribute ``has_statistics`` that is False asks for ``scale``.
     """
 
     def __init__(self, config: EmbeddingConfig, norm: nn.Module) -> None:
@@ -153,6 +156,8 @@ class MaskedLMHead(nn.Module):
         nn.init.normal_(self.dense.weight, std=config.initializer_range)
         nn.init.zeros_(self.dense.bias)
         self.activation: Callable[[Tensor], Tensor] = ACTIVATIONS[config.ffn_activation]
+        unit = 8 / (config.initializer_range * config.hidden_size**0.5)
+        self.scale = None if getattr(norm, "has_statistics", True) else nn.Parameter(torch.full((1,), unit))
         self.norm = norm
         self.decoder: nn.Linear | None = None
         if not config.tie_word_embeddings:
@@ -184,4 +189,6 @@ class MaskedLMHead(nn.Module):
             (..., V).
         """
         weight = table if self.decoder is None else self.decoder.weight
-        return F.linear(self.norm(self.activation(self.dense(hidden))), weight, self.bias)
+        x = self.activation(self.dense(hidden))
+        x = x if self.scale is None else x * self.scale
+        return F.linear(self.norm(x), weight, self.bias)
