@@ -14,7 +14,6 @@ from ultrazoo.nn.segments import mask_padding
 from ultrazoo.ops import attention
 from ultrazoo.spec import BlockSpec
 
-
 FIRST_GAIN = 0.1
 """Of the norm of the attention; with 1 a model under derf or dynamic_tanh learned token frequencies and no more."""
 
@@ -48,8 +47,8 @@ class TitanAttention(nn.Module):
     Both branches read x. Attention is softmax attention over the query's document and over learned persistent tokens p,
     which have no position. The memory is the paper's, with a matrix per head (see ``ultrazoo.nn.neural_memory``), run
     forwards and backwards for an encoder; its initial state is learned, in the place of writing p first. Norms are RMS
-    with a learned gain; that of the attention begins at 0.1, for at unit size this branch would outweigh the stream that
-    it is added to, whose other branches begin at a few hundredths. At the start the memory is nearly empty and the gate
+    with a learned gain; that of the attention begins at 0.1, as a branch of unit size would outweigh the stream that it
+    is added to, whose other branches begin at a few hundredths. At the start the memory is nearly empty and the gate
     about one half.
     Parameters: 4 D^2 for attention (4 D with biases) and P D for p; 2 D for the norms; for the memory 3 D^2 + 3 W D,
     6 H (D + 1) for its gates and 2 D^2 / H for its initial states.
