@@ -43,12 +43,12 @@ def main() -> int:
         print(f"gpu_check: no {device} here: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
         return FAILED
     specs = [spec for spec in registry().ops().values() if not asked.ops or spec.name.partition("::")[2] in asked.ops]
-    expected = specs if asked.ops else [spec for spec in specs if with_kernels([spec.name], device)]
-    for status in (kernel_status(spec.name, device.type) for spec in expected):
+    if not asked.ops:
+        specs = [spec for spec in specs if with_kernels([spec.name], device)]
+    for status in (kernel_status(spec.name, device.type) for spec in specs):
         if not status.compiled:
             print(f"gpu_check: {status.op} has no kernel for {device}: {status.detail}; {status.fix}")
             return FAILED
-    specs = expected
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     report: dict[str, Any] = {"device": name, "doctor": _ultrazoo("doctor", "--json"), "parity": [], "bench": []}
     for spec in specs:

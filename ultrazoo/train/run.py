@@ -98,12 +98,11 @@ def train(
         if start is not None:
             trainer.restore(start)
             display.say(f"resume: continuing from {start}")
+        step = trainer.progress.step
         if team.leads:
-            step = trainer.progress.step
             aside = set_aside(folder.metrics) if start is None else take_over(start, folder.metrics, step)
             if aside is not None:
                 display.say(f"metrics of an earlier run that left no checkpoint are kept as {aside}")
-        step = trainer.progress.step
         receipt = {**environment(device), "step": step, "resumed_from": str(start) if start else None}
         receipt["weights_from"] = str(weights.resolve()) if weights else None
         receipt["changed"] = changed
