@@ -5,36 +5,21 @@
 // backward), so the floor is the machine's fp32 multiply-add rate. Each
 // document is walked by itself, chunks counted from its start: no masks, and
 // padding costs nothing.
+#include "common/heads.h"
 #include "retention/backward.h"
 #include "retention/forward.h"
 
 namespace uz::UZ_ISA {
 namespace {
 
-template <template <class> class Pass, class Args>
-int64_t floats(const Args& args) {
-  Arena counter(nullptr);
-  Pass<float>(args, counter);
-  return counter.used();
-}
-
-template <template <class> class Pass, class Args>
-void run(const Args& args, const Retention& a, float* scratch, int64_t begin, int64_t end) {
-  visit(a.dtype, [&]<class T>(T) {
-    Arena arena(scratch);
-    Pass<T> pass(args, arena);
-    for (int64_t item = begin; item < end; ++item) pass.run(item / a.heads, item % a.heads);
-  });
-}
-
-int64_t forward_floats(const Retention& a) { return floats<RetentionForward>(a); }
-int64_t backward_floats(const RetentionBackward& b) { return floats<RetentionGradients>(b); }
+int64_t forward_floats(const Retention& a) { return head_floats<RetentionForward>(a); }
+int64_t backward_floats(const RetentionBackward& b) { return head_floats<RetentionGradients>(b); }
 
 void forward(const Retention& a, float* scratch, int64_t begin, int64_t end) {
-  run<RetentionForward>(a, a, scratch, begin, end);
+  run_heads<RetentionForward>(a, a, scratch, begin, end);
 }
 void backward(const RetentionBackward& b, float* scratch, int64_t begin, int64_t end) {
-  run<RetentionGradients>(b, b.forward, scratch, begin, end);
+  run_heads<RetentionGradients>(b, b.forward, scratch, begin, end);
 }
 
 }  // namespace

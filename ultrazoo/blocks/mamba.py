@@ -7,19 +7,19 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from ultrazoo.nn.bitlinear import make_linear
-from ultrazoo.nn.block_config import BlockConfig
 from ultrazoo.nn.conv import SegmentConv1d
+from ultrazoo.nn.delta import DeltaConfig, delta_statistics, initial_delta_bias
 from ultrazoo.nn.saturate import saturate
 from ultrazoo.nn.segments import mask_padding
 from ultrazoo.ops import selective_scan
 from ultrazoo.spec import BlockSpec
 
 
-class MambaConfig(BlockConfig):
+class MambaConfig(DeltaConfig):
     """Options of ``mamba``."""
 
     hidden_size: int = Field(gt=0, description="Model width D.")
@@ -30,15 +30,6 @@ class MambaConfig(BlockConfig):
     d_conv: int = Field(default=4, gt=0, description="Taps W of the convolution before each scan.")
     expand: int = Field(default=2, gt=0, description="Inner width E as a multiple of hidden_size.")
     dt_rank: int | None = Field(default=None, gt=0, description="Rank R of delta; unset, hidden_size / 16 rounded up.")
-    dt_min: float = Field(default=1e-3, gt=0, description="Shortest initial delta, in tokens.")
-    dt_max: float = Field(default=1e-1, gt=0, description="Longest initial delta, in tokens.")
-    dt_init_floor: float = Field(default=1e-4, gt=0, description="Initial deltas are raised to this at least.")
-
-    @model_validator(mode="after")
-    def _check_delta_range(self) -> MambaConfig:
-        if self.dt_min > self.dt_max:
-            raise ValueError(f"got dt_min {self.dt_min} with dt_max {self.dt_max}, expected no more; swap them")
-        return self
 
     @property
     def inner_size(self) -> int:
@@ -117,13 +108,11 @@ class SelectiveScan(nn.Module):
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
     def _start_delta(self, config: MambaConfig) -> None:
-        """Draw dt_proj so that softplus of its bias is log-uniform in [dt_min, dt_max]."""
+        """Draw dt_proj: its bias for a log-uniform delta, its weights so small that the bias decides at first."""
         bound = config.rank**-0.5
         nn.init.uniform_(self.dt_proj.weight, -bound, bound)
-        low, high = math.log(config.dt_min), math.log(config.dt_max)
-        delta = torch.empty(config.inner_size).uniform_(low, high).exp().clamp(min=config.dt_init_floor)
         with torch.no_grad():
-            self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))
+            self.dt_proj.bias.copy_(initial_delta_bias(config, config.inner_size))
 
     def forward(self, u: Tensor, z: Tensor, segments: Tensor | None = None) -> Tensor:
         """Scan each document.
@@ -156,18 +145,8 @@ class SelectiveScan(nn.Module):
             )
 
     def statistics(self) -> dict[str, Tensor]:
-        """What a token that says nothing of its own (dt = 0) does to the state.
-
-        ``step`` is the mean delta in tokens, ``forget`` the mean share 1 - exp(delta A) of the state that is lost at a
-        token, ``retained_tokens`` the geometric mean of 1 / -(delta A).
-        """
-        delta = F.softplus(self.dt_proj.bias.detach().float())
-        rate = delta.unsqueeze(1) * self.A_log.detach().float().exp()  # (E, N)
-        return {
-            "step": delta.mean(),
-            "forget": -torch.expm1(-rate).mean(),
-            "retained_tokens": rate.log().mean().neg().exp(),
-        }
+        """See ``delta_statistics``; the token that says nothing of its own is the one with dt = 0."""
+        return delta_statistics(self.dt_proj.bias.unsqueeze(1), self.A_log)
 
 
 def _state_size(config: MambaConfig) -> int:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ultrazoo.nn.bitlinear import make_linear
-from ultrazoo.nn.block_config import BlockConfig
 from ultrazoo.nn.conv import SegmentConv1d
+from ultrazoo.nn.delta import DeltaConfig, delta_statistics, initial_delta_bias
 from ultrazoo.nn.norms import NormConfig, RMSNorm
 from ultrazoo.nn.saturate import saturate
 from ultrazoo.nn.segments import mask_padding, starts
@@ -24,7 +22,7 @@ LEAST_HEADS = 4
 """Heads of a narrow model: D of a single one would be a mere scale, which the norm cancels."""
 
 
-class HydraConfig(BlockConfig):
+class HydraConfig(DeltaConfig):
     """Options of ``hydra``."""
 
     hidden_size: int = Field(gt=0, description="Model width D.")
@@ -37,20 +35,15 @@ class HydraConfig(BlockConfig):
     headdim: int | None = Field(
         default=None, gt=0, description="Channels P of a head; unset, the largest divisor of E up to 64 and to E / 4."
     )
-    dt_min: float = Field(default=1e-3, gt=0, description="Shortest initial delta, in tokens.")
-    dt_max: float = Field(default=1e-1, gt=0, description="Longest initial delta, in tokens.")
-    dt_init_floor: float = Field(default=1e-4, gt=0, description="Initial deltas are raised to this at least.")
 
     @model_validator(mode="after")
-    def _check(self) -> HydraConfig:
+    def _check_headdim(self) -> HydraConfig:
         if self.headdim is not None and self.inner_size % self.headdim:
             nearest = min(_divisors(self.inner_size), key=lambda n: abs(n - self.head_width))
             raise ValueError(
                 f"got headdim {self.headdim}, expected a divisor of the inner width {self.inner_size} = expand x "
                 f"hidden_size; nearest: {nearest}"
             )
-        if self.dt_min > self.dt_max:
-            raise ValueError(f"got dt_min {self.dt_min} with dt_max {self.dt_max}, expected no more; swap them")
         return self
 
     @property
@@ -96,7 +89,7 @@ class Hydra(nn.Module):
         self.state_proj = nn.Linear(width, 4 * config.d_state + 2 * heads, bias=False)  # (B, C) x 2, delta x 2
         channels = inner + 4 * config.d_state
         self.conv = SegmentConv1d(channels, channels, config.d_conv, groups=channels)
-        self.dt_bias = nn.Parameter(_initial_delta_bias(config))
+        self.dt_bias = nn.Parameter(initial_delta_bias(config, heads))
         self.A_log = nn.Parameter(torch.zeros(heads))
         self.D = nn.Parameter(torch.ones(heads))
         self.diagonal = nn.Linear(inner, heads, bias=False)  # W_d
@@ -170,18 +163,8 @@ class Hydra(nn.Module):
         return x.repeat_interleave(self.head_width, dim=-1)
 
     def statistics(self) -> dict[str, Tensor]:
-        """What a token that says nothing of its own (delta = softplus(dt_bias)) does to the state.
-
-        ``step`` is the mean delta in tokens, ``forget`` the mean share 1 - exp(delta A) of the state that is lost at a
-        token, ``retained_tokens`` the geometric mean of 1 / -(delta A).
-        """
-        delta = F.softplus(self.dt_bias.detach().float())
-        rate = delta * self.A_log.detach().float().exp()
-        return {
-            "step": delta.mean(),
-            "forget": -torch.expm1(-rate).mean(),
-            "retained_tokens": rate.log().mean().neg().exp(),
-        }
+        """See ``delta_statistics``."""
+        return delta_statistics(self.dt_bias, self.A_log)
 
 
 def _after(y: Tensor, segments: Tensor | None) -> Tensor:
@@ -197,13 +180,6 @@ def _before(y: Tensor, segments: Tensor | None) -> Tensor:
         return moved
     last = F.pad(starts(segments)[:, 1:], (0, 1), value=True)  # padding starts anew, too
     return moved.masked_fill((last | segments.eq(0)).unsqueeze(2), 0)
-
-
-def _initial_delta_bias(config: HydraConfig) -> Tensor:
-    """Biases whose softplus is log-uniform in [dt_min, dt_max]; (H,)."""
-    low, high = math.log(config.dt_min), math.log(config.dt_max)
-    delta = torch.empty(config.num_heads).uniform_(low, high).exp().clamp(min=config.dt_init_floor)
-    return delta + torch.log(-torch.expm1(-delta))
 
 
 def _divisors(number: int) -> list[int]:
