@@ -75,7 +75,15 @@ def test_dry_run_builds_the_model_and_writes_nothing(
     assert call("train", config, "--dry-run") == 0
     table = capsys.readouterr().out
     assert "mixer standard_attn (x 2)" in table and "4 rows x 32 = 128" in table and "runs/tiny" in table
+    assert f"1 file(s): {tmp_path / 'texts.parquet'}" in table and "adamw:" in table
+    assert call("train", config, "--dry-run", "--set", "training.local_parquet_dir=/no/such") == 1
+    assert "training.local_parquet_dir: /no/such: no such file" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_profile_steps_without_profile_are_no_call(capsys: Capture, tmp_path: Path) -> None:
+    assert call("train", write_config(tmp_path), "--profile-steps", "5..2") == 2
+    assert "--profile-steps acts with --profile only" in capsys.readouterr().err
 
 
 def test_train_leaves_a_run_and_says_it_on_stderr_alone(run: Path, capsys: Capture, tmp_path: Path) -> None:

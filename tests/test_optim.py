@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from ultrazoo.config import TrainingConfig
-from ultrazoo.errors import ConfigError
+from ultrazoo.errors import CheckpointError, ConfigError
 from ultrazoo.train import galore
+from ultrazoo.train.checkpoint import OPTIMIZER, load_optimizer, optimizer_tensors
 from ultrazoo.train.optim import build_optimizer, skips_on_device, split_parameters
 
 
@@ -108,13 +111,11 @@ def test_galore_is_adam_in_the_projected_space(shape: tuple[int, int]) -> None:
         back = direction @ basis if shape[0] > shape[1] else basis.T @ direction
         expected = expected * (1 - lr * decay) - lr * scale * back
         torch.testing.assert_close(weight.detach(), expected)
-    state = optimizer.state[weight]
-    assert {name: tuple(value.shape) for name, value in state.items()} == {
-        "basis": (3, 9) if shape[0] > shape[1] else (9, 3),
-        "step": (),
-        "exp_avg": (12, 3) if shape[0] > shape[1] else (3, 12),
-        "exp_avg_sq": (12, 3) if shape[0] > shape[1] else (3, 12),
-    }
+    low_rank = (12, 3) if shape[0] > shape[1] else (3, 12)
+    basis_shape = (3, 9) if shape[0] > shape[1] else (9, 3)
+    shapes = {"basis": basis_shape, "step": (), "exp_avg": low_rank, "exp_avg_sq": low_rank}
+    assert {name: tuple(value.shape) for name, value in optimizer.state[weight].items()} == shapes
+    assert galore.state_shapes(weight, 3) == shapes
 
 
 def test_galore_takes_linear_weights_that_are_large_enough_and_says_when_none_is() -> None:
@@ -128,6 +129,33 @@ def test_galore_takes_linear_weights_that_are_large_enough_and_says_when_none_is
     assert galore.low_rank_names(model, training) == {"wide.weight"}
     with pytest.raises(ConfigError, match=r"use_galore: no linear weight has min\(dim\) > 2 x galore_rank 64"):
         galore.low_rank_names(model, training.model_copy(update={"galore_rank": 64}))
+
+
+@pytest.mark.parametrize("saved", [0, 3, 4], ids="rank {}".format)
+@pytest.mark.parametrize("wanted", [0, 3], ids="into rank {}".format)
+def test_state_of_another_shape_is_refused_before_it_reaches_the_fused_update(
+    saved: int, wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(galore, "load_projector", lambda: Projector)
+
+    def build(rank: int) -> tuple[nn.Module, torch.optim.Optimizer, dict[torch.Tensor, str]]:
+        model = nn.Linear(12, 10)
+        settings = {"use_galore": True, "galore_rank": rank} if rank else {}
+        names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        return model, build_optimizer(model, TrainingConfig(**settings))[0], names
+
+    model, optimizer, names = build(saved)
+    model(torch.ones(2, 12)).sum().backward()
+    optimizer.step()
+    save_file(optimizer_tensors(optimizer, names), tmp_path / OPTIMIZER)
+    model, optimizer, names = build(wanted)
+    if saved == wanted:
+        load_optimizer(tmp_path, optimizer, names)
+        assert len(optimizer.state) == 2
+        return
+    with pytest.raises(CheckpointError, match=r"of weight, expected .*exp_avg \(.*galore_rank.*--weights-only"):
+        load_optimizer(tmp_path, optimizer, names)
+    assert not optimizer.state
 
 
 def test_galore_without_its_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

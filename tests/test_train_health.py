@@ -137,6 +137,18 @@ def test_too_many_bad_steps_in_a_row_end_a_run_that_skips(tmp_path: Path) -> Non
     assert len(list((tmp_path / "flight").iterdir())) == flight.KEPT
 
 
+def test_a_streak_goes_on_after_a_resume(tmp_path: Path) -> None:
+    bad = (3, 4, 5, 6)
+    options = {"on_nan": "skip", "nan_limit": 3, "checkpoint_every_n_steps": 4, "eval_every_n_steps": 50}
+    straight, _ = start(tmp_path / "straight", *bad, **options)
+    with pytest.raises(NonFiniteError, match=r"step 5: loss nan.*3 steps in a row"):
+        run(straight)
+    resumed, _ = start(tmp_path / "straight", *bad, **options)
+    resumed.restore(tmp_path / "straight" / "step-000004")
+    with pytest.raises(NonFiniteError, match=r"step 5: loss nan.*3 steps in a row"):
+        run(resumed)
+
+
 def test_rollback_goes_back_to_the_checkpoint_and_past_the_bad_batch(tmp_path: Path) -> None:
     trainer, recorder = start(tmp_path, 7, on_nan="rollback", nan_check_interval=2)
     run(trainer)

@@ -168,7 +168,13 @@ def test_where_a_run_starts(tmp_path: Path) -> None:
         find_checkpoint(str(first), store, lines.append)
     with pytest.raises(CheckpointError, match="no checkpoint there"):
         find_checkpoint(str(tmp_path / "new"), store, lines.append)
+    assert find_checkpoint(str(last), store_with(tmp_path / "kin", make_config(max_steps=9), 1), lines.append) == last
+    other = store_with(tmp_path / "other", make_config(seed=5), 1)
+    with pytest.raises(ConfigError, match=r"other has checkpoints of another run \(training.seed: 5, here \d+\)"):
+        find_checkpoint(str(last), other, lines.append)
     (last / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="already goes on to step-000003"):
+        find_checkpoint(str(first), store, lines.append)
     with pytest.raises(CheckpointError, match=r"state\.json has 2 bytes"):
         find_checkpoint(str(last), empty, lines.append)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -116,6 +117,24 @@ def test_what_a_resume_refuses_leaves_the_folder_as_it_was(text: Path, tmp_path:
     with pytest.raises(CheckpointError, match=r"model\.hidden_size: checkpoint 16, this run 32"):
         train(make_config(text, {"hidden_size": 32}), run_dir=run, resume="auto", console=quiet())
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("inside", ["checkpoints/step-000004", "flight/step-000002"])
+def test_a_checkpoint_or_flight_record_is_no_run_folder(text: Path, tmp_path: Path, inside: str) -> None:
+    folder = tmp_path / "run" / inside
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(ConfigError, match=rf"is a checkpoint or a flight record, expected .* such as {tmp_path}/run;"):
+        train(make_config(text), run_dir=folder, resume="auto", console=quiet())
+    assert [path.name for path in folder.iterdir()] == ["manifest.json"]
+
+
+def test_packages_are_asked_for_before_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    config = make_config(tmp_path / "no such text", use_galore=True)
+    with pytest.raises(ConfigError, match="galore-torch is not installed"):
+        train(config, run_dir=tmp_path / "run", console=quiet())
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_branches_into_another_folder_with_its_metrics(text: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from ultrazoo.model import build_model
 from ultrazoo.nn.bitlinear import BitLinear, ternary_shares, ternary_ste
 from ultrazoo.train.metrics import TensorBoard, Window
 from ultrazoo.train.signals import SignalGuard
-from ultrazoo.train.statistics import BlockReport, module_statistics, weight_statistics
+from ultrazoo.train.statistics import BlockReport, gradient_statistics, module_statistics, weight_statistics
 from ultrazoo.train.watch import LossWatch, RouterWatch, Watch
 
 
@@ -169,6 +169,29 @@ def test_a_run_says_and_records_both(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert isinstance(console.file, io.StringIO)
     for words in ("warning: step 50: the loss has a spike of", f"warning: step 40: router collapse: {line}"):
         assert words in console.file.getvalue()
+
+
+def test_a_nan_is_the_largest_value_of_its_block() -> None:
+    layer = nn.Linear(2, 1)
+    named = [(f"layers.0.mixer.{name}", parameter) for name, parameter in layer.named_parameters()]
+    for order in (named, named[::-1]):
+        layer.weight.grad, layer.bias.grad = torch.tensor([[1.0, math.nan]]), torch.ones(1)
+        assert math.isnan(gradient_statistics(order)["layers.0.mixer"]["max"])
+        with torch.no_grad():
+            layer.weight[0, 0] = math.nan
+        assert math.isnan(weight_statistics(order)["layers.0.mixer"]["max"])
+
+
+def test_steps_without_a_target_have_no_loss_and_count_for_nothing() -> None:
+    window, one, zero = Window(), torch.tensor(1.0), torch.tensor(0.0)
+    window.add({"targets": 2 * one, "loss_sum": 6 * one, "aux": one})
+    window.add({"targets": zero, "loss_sum": zero, "aux": 3 * one})
+    assert window.means() == {"loss": 3.0, "aux": 2.0}
+    assert window.losses == [3.0]
+    window.add({"targets": zero, "loss_sum": zero, "aux": one})
+    means = window.means()
+    assert math.isnan(means["loss"]) and means["aux"] == 1.0
+    assert window.losses == []
 
 
 def test_means_leave_out_steps_that_are_not_finite_and_keep_their_losses() -> None:

@@ -41,13 +41,17 @@ def train(
         bool, typer.Option("--profile", help="Say where the time of a step goes, and write a trace to the run folder.")
     ] = False,
     profile_steps: Annotated[
-        str,
-        typer.Option(metavar="FIRST..LAST", help="Steps for --profile, counted from the start or resume."),
-    ] = "20..22",
+        str | None,
+        typer.Option(
+            metavar="FIRST..LAST", help="Steps for --profile, counted from the start or resume.", show_default="20..22"
+        ),
+    ] = None,
 ) -> None:
     """Train an encoder as a YAML file or a preset says."""
     from ultrazoo.config import load_config
 
+    if profile_steps and not profile:
+        raise typer.BadParameter("--profile-steps acts with --profile only")
     named = {"output_dir": output_dir, "device": device, "kernels": kernels}
     given = [f"training.{name}={json.dumps(str(value))}" for name, value in named.items() if value is not None]
     loaded = load_config(config, [*(overrides or []), *given])
@@ -63,7 +67,7 @@ def train(
     from ultrazoo.train import train as train_model
     from ultrazoo.train.profile import parse_steps
 
-    steps = parse_steps(profile_steps) if profile else None
+    steps = parse_steps(profile_steps or "20..22") if profile else None
     train_model(loaded.config, run_dir=run_dir, resume=resume, weights_only=weights_only, profile=steps)
 
 
@@ -144,18 +148,27 @@ def _rehearse(config: Config, run_dir: Path) -> None:
     """Build the model, run one full row forwards and backwards on the CPU, and print what was built."""
     import torch
 
+    from ultrazoo.data.sources import find_files
+    from ultrazoo.errors import NonFiniteError
     from ultrazoo.model import build_model, parameter_table
     from ultrazoo.train.memory import memory_told
+    from ultrazoo.train.optim import build_optimizer
+    from ultrazoo.train.run import require_packages
 
+    require_packages(config.training)
+    files, _ = find_files(config.training.local_parquet_dir)
     with memory_told():
         torch.manual_seed(config.training.seed)
         model = build_model(config.model)
+        _, optimizer = build_optimizer(model, config.training)
         table = parameter_table(model)
         length = config.training.max_length
         token_ids = torch.randint(config.model.vocab_size, (1, length))
         output = model(token_ids, labels=token_ids)
         loss = output.loss_sum / output.num_targets
         (loss + sum(output.losses.values())).backward()
+    if not loss.isfinite():
+        raise NonFiniteError(f"the loss of one random row is {loss.item()}, expected a number; see the model section")
     total = sum(count for _, count in table)
     rows = [(part, f"{count:,}", f"{count / total:.1%}") for part, count in table]
     headers = ("part", "parameters", "share")
@@ -167,6 +180,8 @@ def _rehearse(config: Config, run_dir: Path) -> None:
         ("", ""),
         [
             ("run folder", str(run_dir)),
+            ("data", f"{len(files):,} file(s): {config.training.local_parquet_dir or 'the embedded corpus'}"),
+            ("optimiser", optimizer),
             ("tokens per step", f"{per_step} rows x {length} = {per_step * length:,}"),
             ("one random row", f"forwards and backwards, loss {loss.item():.2f}"),
         ],

@@ -29,6 +29,7 @@ from torch import nn
 from ultrazoo.config.yaml import parse_yaml
 from ultrazoo.errors import CheckpointError, ConfigError
 from ultrazoo.train.durable import publish, read_json, to_json, verify_folder
+from ultrazoo.train.galore import state_shapes
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 CONFIG, TOKENIZER, RECEIPT = "config.yaml", "tokenizer.json", "receipt.json"
@@ -169,16 +170,27 @@ def load_optimizer(
         part: Takes a parameter's name and a whole tensor of its state, and returns what this process keeps of it.
 
     Raises:
-        CheckpointError: The file holds the state of parameters that the optimiser does not have.
+        CheckpointError: The file holds the state of parameters that the optimiser does not have, or state of another
+            shape than it keeps.
     """
     path = folder / OPTIMIZER
-    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    owners = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
+    order = {names[parameter]: index for index, (parameter, _) in enumerate(owners)}
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in read_tensors(path).items():
         name, _, entry = key.rpartition("/")
         if name not in order:
             raise CheckpointError(f"{path}: holds state of {name!r}, which is no parameter of this run's optimiser")
-        state.setdefault(order.index(name), {})[entry] = part(name, tensor)
+        state.setdefault(order[name], {})[entry] = part(name, tensor)
+    for index, entries in state.items():  # the fused update reads and writes without asking for sizes
+        parameter, group = owners[index]
+        got = {entry: tuple(tensor.shape) for entry, tensor in entries.items()}
+        if got != (expected := state_shapes(parameter, group.get("rank", 0))):
+            raise CheckpointError(
+                f"{path}: got {_shapes(got)} of {names[parameter]}, expected {_shapes(expected)}; go on with the "
+                "checkpoint's use_galore, galore_rank and galore_max_dim, or begin a new run with its weights alone: "
+                "--weights-only"
+            )
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -199,6 +211,10 @@ def on_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # a view into a larger storage would drag the rest of it along
     return {name: t.clone() if t.untyped_storage().nbytes() != t.nbytes else t for name, t in ready.items()}
+
+
+def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in sorted(shapes.items()))
 
 
 def _describe(tensor: torch.Tensor) -> str:

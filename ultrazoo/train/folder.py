@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from ultrazoo.errors import ConfigError
-from ultrazoo.train.durable import remove_leftovers, write_text
+from ultrazoo.train.durable import MANIFEST, remove_leftovers, write_text
 
 ENVIRONMENT = "env.json"
 
@@ -25,7 +25,8 @@ class RunFolder:
         path: The folder; made if it is not there.
 
     Raises:
-        ConfigError: On entering: the place cannot be written, or another process trains in it.
+        ConfigError: On entering: the place cannot be written, is a checkpoint or a flight record, or another process
+            trains in it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,6 +34,12 @@ class RunFolder:
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> RunFolder:
+        if (self.path / MANIFEST).exists():
+            raise ConfigError(
+                f"training.output_dir: {self.path} is a checkpoint or a flight record, expected a run folder, such as "
+                f"{self.path.absolute().parents[1]}; to branch off from a checkpoint: ultrazoo train CONFIG --resume "
+                "CHECKPOINT --output-dir NEW"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a+", encoding="utf-8")

@@ -68,6 +68,15 @@ def low_rank_names(model: nn.Module, training: TrainingConfig) -> set[str]:
     return names
 
 
+def state_shapes(parameter: torch.Tensor, rank: int = 0) -> dict[str, tuple[int, ...]]:
+    """Shapes of the state that AdamW keeps of a parameter, or at a rank above 0 of its projected gradient."""
+    if not rank:
+        return {"step": (), "exp_avg": tuple(parameter.shape), "exp_avg_sq": tuple(parameter.shape)}
+    rows, columns = parameter.shape  # of which the rank takes the place of the smaller
+    shape, basis = ((rows, rank), (rank, columns)) if rows >= columns else ((rank, columns), (rows, rank))
+    return {"step": (), "basis": basis, "exp_avg": shape, "exp_avg_sq": shape}
+
+
 class GaLoreAdamW(torch.optim.Optimizer):
     """W -= lr * scale * P N, with N the Adam direction of the projected gradient P^T G; plain AdamW elsewhere.
 

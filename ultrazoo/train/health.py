@@ -69,6 +69,14 @@ class FiniteGuard:
         self._bad.zero_()
         return Fault(step=first, found_at=step, bad=bad, streak=streak)
 
+    def state_dict(self) -> dict[str, int]:
+        """JSON values for a checkpoint, which is written after a look."""
+        return {"streak": int(self._streak)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from a checkpoint; from one that has no such state, begin anew."""
+        self._streak.fill_(state.get("streak", 0))
+
     def forgive(self) -> None:
         """Begin the streak anew, with other weights."""
         self._streak.zero_()

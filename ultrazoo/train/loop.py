@@ -228,6 +228,7 @@ class Trainer:
             "progress": asdict(self.progress),
             "window": self.window.state_dict(),
             "watch": self.watch.state_dict(),
+            "finite": self.finite.state_dict(),
             "data": self.data.state_dict(),
             "tokenizer_sha256": self.data.tokenizer_sha256,
             "data_fingerprint": self.data.fingerprint,
@@ -252,6 +253,7 @@ class Trainer:
         state = self._load(folder)
         self.data.load_state_dict(state["data"])
         self.progress = Progress(**state["progress"])
+        self.finite.load_state_dict(state.get("finite", {}))
         notes = self.team.set_random_states(state, self.device), note_on_threads(state["num_threads"])
         for note in filter(None, notes):
             self.display.say(note)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -97,6 +97,23 @@ def set_aside(path: Path) -> Path | None:
     return aside
 
 
+def load_summary_writer() -> Callable[..., Any]:
+    """Return TensorBoard's ``SummaryWriter``.
+
+    Raises:
+        ConfigError: The package is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "training.report_to: got 'tensorboard', but the package is not installed; "
+            "pip install tensorboard (or 'ultrazoo[tensorboard]'), or remove it from report_to"
+        ) from error
+    writer: Callable[..., Any] = SummaryWriter
+    return writer
+
+
 class TensorBoard:
     """Event files under ``<run folder>/tensorboard``.
 
@@ -109,14 +126,7 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ConfigError(
-                "training.report_to: got 'tensorboard', but the package is not installed; "
-                "pip install tensorboard (or 'ultrazoo[tensorboard]'), or remove it from report_to"
-            ) from error
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._writer = load_summary_writer()(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Add one scalar for each number in the record."""
@@ -134,7 +144,7 @@ class Window:
 
     def __init__(self) -> None:
         self.losses: list[float] = []
-        """Nats per target of each step that the newest means are made of, NaN and infinities included."""
+        """Nats per target of each step with a target in the newest means, NaN and infinities included."""
         self._done: list[dict[str, float]] = []
         self._pending: list[dict[str, torch.Tensor]] = []
 
@@ -152,17 +162,17 @@ class Window:
     def means(self) -> dict[str, float]:
         """Return the means over the steps and start anew: ``loss_sum`` / ``targets`` as ``loss``, others by step.
 
-        Steps with a value that is not finite are left out: their update is held back too. If none is left the loss is
-        NaN.
+        Steps with a value that is not finite are left out: their update is held back too. If none is left, or none of
+        them has a target, the loss is NaN.
         """
         self._collect()
         taken, self._done = self._done, []
-        self.losses = [step["loss_sum"] / max(step["targets"], 1.0) for step in taken]
+        self.losses = [step["loss_sum"] / step["targets"] for step in taken if step["targets"]]
         steps = [step for step in taken if all(map(math.isfinite, step.values()))]
         if not steps:
             return {"loss": math.nan}
         targets = math.fsum(step["targets"] for step in steps)
-        means = {"loss": math.fsum(step["loss_sum"] for step in steps) / max(targets, 1.0)}
+        means = {"loss": math.fsum(step["loss_sum"] for step in steps) / targets if targets else math.nan}
         for name in steps[-1]:
             if name not in ("loss_sum", "targets"):
                 values = [step[name] for step in steps if name in step]

@@ -37,7 +37,7 @@ def accumulate(
     """
     team = team or Team()
     totals = totals or team.totals(batches)
-    targets, tokens = max(1, totals.targets), max(1, totals.tokens)
+    tokens = max(1, totals.tokens)
     sums: dict[str, Tensor] = {}
     stats: dict[str, Tensor] = {}
     for number, batch in enumerate(batches, start=1):
@@ -47,7 +47,7 @@ def accumulate(
                 output = model(moved.input_ids, segments=moved.segments, labels=moved.labels)
             weight = batch.num_tokens / tokens
             auxiliary = {name: value * weight for name, value in output.losses.items()}
-            objective = output.loss_sum / targets
+            objective = output.loss_sum / max(1, totals.targets)
             for value in auxiliary.values():
                 objective = objective + value
             precision.backward(objective * team.size if team.size > 1 else objective)  # gradients are averaged
@@ -55,4 +55,4 @@ def accumulate(
         sums = {name: sums.get(name, 0) + value.detach() for name, value in parts.items()}
         stats = output.stats
     team.collect()
-    return {"targets": torch.tensor(float(targets), device=precision.device), **team.sum(sums)}, stats
+    return {"targets": torch.tensor(float(totals.targets), device=precision.device), **team.sum(sums)}, stats

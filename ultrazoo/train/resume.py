@@ -20,12 +20,14 @@ from ultrazoo.train.checkpoint import (
     verify_checkpoint,
 )
 from ultrazoo.train.durable import MANIFEST, sha256, verify_folder
-from ultrazoo.train.store import CheckpointStore
+from ultrazoo.train.store import CheckpointStore, step_of
 
 SHAPELESS = {"dropout", "router_aux_loss_coef", "router_z_loss_coef", "initializer_range"}
 """Fields of the model section that may change between two parts of a run."""
 UNREMARKABLE = {"output_dir", "report_to", "log_every_n_steps"}
 """Training fields whose change needs no line."""
+LENGTHS = {"max_steps", "max_minutes", "num_epochs"}
+"""Training fields that a longer run changes."""
 EXACT = ("step", "progress", "window", "data", "rng", "scaler", "num_threads")
 RANDOM = ("python", "numpy", "torch")
 WEIGHTS = (MODEL, CONFIG, TOKENIZER)
@@ -40,7 +42,7 @@ def find_checkpoint(resume: str | None, store: CheckpointStore, say: Callable[[s
         say: Takes lines for the user.
 
     Raises:
-        ConfigError: ``resume`` is None, and the folder has checkpoints that a new run would mix with.
+        ConfigError: The folder has checkpoints that a new run, or one that goes on from elsewhere, would mix with.
         CheckpointError: The checkpoint is missing or damaged, or the folder has newer ones.
     """
     if resume is None:
@@ -54,13 +56,14 @@ def find_checkpoint(resume: str | None, store: CheckpointStore, say: Callable[[s
             _require_exact(newest)
         return newest
     path = _named(resume)
+    _require_kinship(path, store)
     try:
         verify_checkpoint(path)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_weights_hint(path)}") from error
     _require_exact(path)
     step = read_state(path)["step"]
-    newer = [other.name for other in store.complete() if read_state(other)["step"] > step]
+    newer = [other.name for other in store.complete() if step_of(other) > step]
     if newer:
         raise CheckpointError(
             f"--resume {resume}: {store.root.parent} already goes on to {newer[-1]}, which this run would write over; "
@@ -109,6 +112,21 @@ def _require_empty(store: CheckpointStore) -> None:
             f"training.output_dir: {store.root.parent} already holds checkpoints (newest {present[-1].name}); "
             "continue with --resume auto, or start anew with --output-dir"
         )
+
+
+def _require_kinship(path: Path, store: CheckpointStore) -> None:
+    """Refuse to mix a run with the checkpoints of another; a copy of a run's own checkpoint may come back to it."""
+    present = store.complete()
+    if path.resolve().parent == store.root.resolve() or not present:
+        return
+    saved, own = read_config(path), read_config(present[-1])
+    for section, model in (("model", ModelConfig), ("training", TrainingConfig)):
+        for key, theirs, ours in _differences(saved.get(section, {}), own.get(section, {}), _defaults(model)):
+            if key not in UNREMARKABLE | LENGTHS:
+                raise ConfigError(
+                    f"--resume {path}: {store.root.parent} has checkpoints of another run ({section}.{key}: {ours!r}, "
+                    f"here {theirs!r}), which this one would mix with; give it its own --output-dir"
+                )
 
 
 def _named(resume: str) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ultrazoo.config import Config
+from ultrazoo.config import Config, TrainingConfig
 from ultrazoo.data import build_data
 from ultrazoo.data.batch import Share
 from ultrazoo.model import build_model
@@ -17,9 +17,10 @@ from ultrazoo.train.agree import TeamGuard, TeamStore
 from ultrazoo.train.checkpoint import load_model
 from ultrazoo.train.display import PlainDisplay, final_table, make_display
 from ultrazoo.train.folder import RunFolder
+from ultrazoo.train.galore import load_projector
 from ultrazoo.train.loop import Trainer
 from ultrazoo.train.memory import memory_told
-from ultrazoo.train.metrics import JsonLines, TensorBoard, set_aside, take_over
+from ultrazoo.train.metrics import JsonLines, TensorBoard, load_summary_writer, set_aside, take_over
 from ultrazoo.train.profile import StepProfiler
 from ultrazoo.train.resume import check_match, check_weights, find_checkpoint, find_weights
 from ultrazoo.train.runtime import environment, prepared
@@ -27,6 +28,18 @@ from ultrazoo.train.schedule import make_plan
 from ultrazoo.train.signals import SignalGuard, nothing_to_save
 from ultrazoo.train.store import CheckpointStore
 from ultrazoo.train.team import joined
+
+
+def require_packages(training: TrainingConfig) -> None:
+    """Ask for the optional packages that a run needs, before anything takes time.
+
+    Raises:
+        ConfigError: One is not installed.
+    """
+    if training.use_galore:
+        load_projector()
+    if "tensorboard" in training.report_to:
+        load_summary_writer()
 
 
 def train(
@@ -50,7 +63,8 @@ def train(
         console: Where lines, the progress bar and the table go; unset: stderr.
 
     Raises:
-        ConfigError: The run folder is in use or already holds another run, or an option cannot act here.
+        ConfigError: The run folder is in use or already holds another run, a package that an option needs is not
+            installed, or an option cannot act here.
         DataError: The data cannot be read.
         CheckpointError: A checkpoint cannot be read, belongs to another run, or cannot be written.
         NonFiniteError: The loss or a gradient is not finite.
@@ -63,6 +77,7 @@ def train(
         team, training = stack.enter_context(joined(config.training))
         console = Console(quiet=True) if not team.leads else console or Console(stderr=True)
         say = PlainDisplay(console, None).say
+        require_packages(training)
         folder = RunFolder(run_dir)
         team.leader_says(lambda: stack.enter_context(folder) and None)
         stack.enter_context(nothing_to_save())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ def gradient_statistics(
         square, total, filled, size = sums.setdefault(block, [0.0] * 4)
         norm, absolute, top, nonzero = (column[index] for column in table)
         sums[block] = [square + norm**2, total + absolute, filled + nonzero, size + gradient.numel()]
-        peaks[block] = [max(*peaks.get(block, [0.0]), top)]
+        peaks[block] = [_peak(peaks.get(block, [0.0])[0], top)]
     if team is not None:
         sums, peaks = team.merge(sums), team.merge(peaks, largest=True)
     return {
@@ -68,8 +69,13 @@ def weight_statistics(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[st
     found: dict[str, dict[str, float]] = {}
     for (block, _), norm, top in zip(named, *table, strict=True):
         entry = found.setdefault(block, {"norm": 0.0, "max": 0.0})
-        entry["norm"], entry["max"] = (entry["norm"] ** 2 + norm**2) ** 0.5, max(entry["max"], top)
+        entry["norm"], entry["max"] = (entry["norm"] ** 2 + norm**2) ** 0.5, _peak(entry["max"], top)
     return found
+
+
+def _peak(old: float, new: float) -> float:
+    """The larger one; NaN if either is."""
+    return math.nan if math.isnan(old) or math.isnan(new) else max(old, new)
 
 
 def module_statistics(model: nn.Module) -> dict[str, dict[str, float]]:

@@ -15,6 +15,12 @@ from ultrazoo.train.durable import MANIFEST, FormatVersionError, flush, remove_l
 FOLDER = re.compile(r"step-(\d+)")
 
 
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint's folder; 0 if it has another name."""
+    match = FOLDER.fullmatch(path.name)
+    return int(match[1]) if match else 0
+
+
 class CheckpointStore:
     """The folder ``checkpoints/`` of one run.
 
@@ -38,8 +44,7 @@ class CheckpointStore:
         """Folders with the name of a checkpoint, oldest first, ordered by step and never by time."""
         if not self.root.is_dir():
             return []
-        found = [(int(match[1]), path) for path in self.root.iterdir() if (match := FOLDER.fullmatch(path.name))]
-        return [path for _, path in sorted(found)]
+        return sorted((path for path in self.root.iterdir() if FOLDER.fullmatch(path.name)), key=step_of)
 
     def complete(self) -> list[Path]:
         """Checkpoints that have a manifest, oldest first."""
@@ -76,6 +81,7 @@ class CheckpointStore:
                 f"{self.root}: cannot be made: {error}; choose another training.output_dir"
             ) from error
         write_checkpoint(folder, snapshot)
+        self._losses.pop(folder, None)  # of one of the same step that was set aside
         try:
             self.tidy()
         except OSError as error:
