@@ -65,6 +65,7 @@ def train(
         say = PlainDisplay(console, None).say
         folder = RunFolder(run_dir)
         team.leader_says(lambda: stack.enter_context(folder) and None)
+        team.leader_says(lambda: folder.mend(say))
         stack.enter_context(nothing_to_save())
         device = stack.enter_context(prepared(training))
         store = CheckpointStore(folder.checkpoints, training.max_rolling_checkpoints, training.num_best_checkpoints)
