@@ -216,6 +216,7 @@ class Trainer:
         Raises:
             NonFiniteError: A weight or a moment of the optimiser is not finite; nothing is written.
             CheckpointError: The file system refused.
+            UltrazooError: It refused the records that the checkpoint stands behind.
         """
         step = self.progress.step
         model = self.team.model_tensors(self.model)
@@ -227,6 +228,7 @@ class Trainer:
             "validation_loss": self.progress.validation_loss,
             "progress": asdict(self.progress),
             "window": self.window.state_dict(),
+            **self.team.leader_says(self._sync),
             "watch": self.watch.state_dict(),
             "data": self.data.state_dict(),
             "tokenizer_sha256": self.data.tokenizer_sha256,
@@ -313,3 +315,7 @@ class Trainer:
     def _report(self, record: dict[str, Any]) -> None:
         for reporter in self.reporters:
             reporter.write(record)
+
+    def _sync(self) -> dict[str, Any]:
+        """Wait until the records so far are on the disk; return what the state of a checkpoint says of them."""
+        return {name: value for reporter in self.reporters for name, value in reporter.sync().items()}

@@ -19,14 +19,16 @@ from ultrazoo.train.display import PlainDisplay, final_table, make_display
 from ultrazoo.train.folder import RunFolder
 from ultrazoo.train.loop import Trainer
 from ultrazoo.train.memory import memory_told
-from ultrazoo.train.metrics import JsonLines, TensorBoard, set_aside, take_over
+from ultrazoo.train.metrics import JsonLines
 from ultrazoo.train.profile import StepProfiler
+from ultrazoo.train.records import Record, set_aside, take_over
 from ultrazoo.train.resume import check_match, check_weights, find_checkpoint, find_weights
 from ultrazoo.train.runtime import environment, prepared
 from ultrazoo.train.schedule import make_plan
 from ultrazoo.train.signals import SignalGuard, nothing_to_save
 from ultrazoo.train.store import CheckpointStore
 from ultrazoo.train.team import joined
+from ultrazoo.train.tensorboard import TensorBoard
 
 
 def train(
@@ -100,10 +102,11 @@ def train(
             trainer.restore(start)
             display.say(f"resume: continuing from {start}")
         step = trainer.progress.step
-        if team.leads:
-            aside = set_aside(folder.metrics) if start is None else take_over(start, folder.metrics, step)
-            if aside is not None:
-                display.say(f"metrics of an earlier run that left no checkpoint are kept as {aside}")
+        kept: list[Record] = []
+        if team.leads and start is not None:
+            kept = take_over(start, folder.metrics, display.say)
+        elif team.leads and (aside := set_aside(folder.metrics)):
+            display.say(f"metrics of an earlier run that left no checkpoint are kept as {aside}")
         receipt = {**environment(device), "step": step, "resumed_from": str(start) if start else None}
         receipt["weights_from"] = str(weights.resolve()) if weights else None
         receipt["changed"] = changed
@@ -112,7 +115,7 @@ def train(
             folder.describe(config.to_yaml(), data.vocabulary.text, receipt)
             trainer.reporters.append(JsonLines(folder.metrics))
             if "tensorboard" in training.report_to:
-                trainer.reporters.append(TensorBoard(run_dir, step))
+                trainer.reporters.append(TensorBoard(run_dir, step, kept))
         for reporter in trainer.reporters:
             stack.callback(reporter.close)
         if profile is not None:
