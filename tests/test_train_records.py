@@ -25,7 +25,7 @@ from ultrazoo.train.loop import Trainer
 from ultrazoo.train.metrics import JsonLines
 from ultrazoo.train.records import read_lines, set_aside, take_over
 from ultrazoo.train.signals import StoppedError
-from ultrazoo.train.verify import TIMED
+from ultrazoo.train.verify import TIMED, verify_run
 
 
 class KilledError(Exception):
@@ -124,6 +124,8 @@ def test_records_before_a_rollback_are_kept_and_none_comes_twice(
     assert made == untimed(tmp_path / "straight")
     assert [record["step"] for record in made] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 6, 7, 8, 9, 9]
     assert [record["step"] for record in made if "not_finite" in record] == [9]
+    found = verify_run(tmp_path / "run")
+    assert (found.start, found.first_difference) == ("step-000006", None), "steps given up are not compared"
     if tensorboard:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -142,7 +144,7 @@ def test_without_the_mark_or_without_its_record_the_step_decides(start: Train, t
     (run / "metrics.jsonl").write_bytes(b"\n".join(lines[:3]))  # a power cut took the others
     said: list[str] = []
     assert [record["step"] for record in take_over(newest, run / "metrics.jsonl", said.append)] == [1, 2, 3]
-    assert len(said) == 1 and "lacks the last record before the checkpoint; those up to step 6 are kept" in said[0]
+    assert len(said) == 1 and "lacks the last record before checkpoint 6; those of no later step" in said[0]
     said.clear()
     oldest = run / "checkpoints/step-000003"
     change_state(oldest, records=None)  # of an earlier version

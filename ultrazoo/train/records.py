@@ -68,7 +68,7 @@ def lines_behind(lines: Sequence[bytes], state: Mapping[str, Any], path: Path, s
         places = [place for place, line in enumerate(lines, start=1) if mark_of(place, line)["last"] == mark["last"]]
         if places:  # more than one are lines that are equal; lines left out as damaged move all that follow
             return list(lines[: min(places, key=lambda place: abs(place - mark["count"]))])
-        say(f"warning: {path}: lacks the last record before the checkpoint; those up to step {step} are kept")
+        say(f"warning: {path}: lacks the last record before checkpoint {step}; those of no later step are taken")
     return [line for line in lines if (record := parse_record(line)) is None or record["step"] <= step]
 
 

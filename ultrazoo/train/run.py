@@ -27,6 +27,7 @@ from ultrazoo.train.runtime import environment, prepared
 from ultrazoo.train.schedule import make_plan
 from ultrazoo.train.signals import SignalGuard, nothing_to_save
 from ultrazoo.train.store import CheckpointStore
+from ultrazoo.train.stretch import plan_of
 from ultrazoo.train.team import joined
 from ultrazoo.train.tensorboard import TensorBoard
 
@@ -109,7 +110,7 @@ def train(
             display.say(f"metrics of an earlier run that left no checkpoint are kept as {aside}")
         receipt = {**environment(device), "step": step, "resumed_from": str(start) if start else None}
         receipt["weights_from"] = str(weights.resolve()) if weights else None
-        receipt["changed"] = changed
+        receipt["changed"], receipt["plan"] = changed, plan_of(training)
         receipt["processes"], receipt["distributed"] = team.size, team.kind
         if team.leads:
             folder.describe(config.to_yaml(), data.vocabulary.text, receipt)
