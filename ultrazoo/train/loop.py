@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import ultrazoo
 from ultrazoo.config import Config
-from ultrazoo.errors import DataError
+from ultrazoo.errors import DataError, NonFiniteError
 from ultrazoo.model import MaskedLM
 from ultrazoo.train.agree import flight_recorder
 from ultrazoo.train.amp import make_precision
@@ -195,13 +195,21 @@ class Trainer:
         return target is not None
 
     def validate(self, guard: SignalGuard) -> None:
-        """Score the held-out text, unless a signal cuts it short."""
+        """Score the held-out text, unless a signal cuts it short.
+
+        Raises:
+            NonFiniteError: The loss is not finite; ``on_nan`` does not apply, for there is no step to leave out.
+        """
+        step = self.progress.step
         if self._validation is None:
             self._validation = self.data.validation_batches()[: self.training.eval_max_batches]
-        figures = evaluate(self.model, self._validation, self.precision, guard.poll, self.team)
+        try:
+            figures = evaluate(self.model, self._validation, self.precision, guard.poll, self.team)
+        except NonFiniteError as error:
+            last = self.last_checkpoint or "none"
+            raise NonFiniteError(f"step {step}: {error}; last good checkpoint: {last}") from error
         if figures is None:
             return
-        step = self.progress.step
         self.progress.validation, self.progress.validated_step = figures, step
         named = {f"validation_{name}": value for name, value in figures.items()}
         self._report({"step": step, **named, "unigram_entropy": self.data.unigram_entropy})
