@@ -43,6 +43,11 @@ def test_a_last_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
 def test_a_damaged_line_in_the_middle_is_an_error_with_its_number(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: got 'oops'"):
         read_metrics(write(tmp_path, record(1, 6.0), "oops", record(2, 5.0)))
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: got .*expected a JSON object with a step"):
+        read_metrics(write(tmp_path, record(1, 6.0), {"step": "a"}, record(2, 5.0)))
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\n{"step": 2}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: got '\ufffd'"):
+        read_metrics(tmp_path)
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path: Path) -> None:

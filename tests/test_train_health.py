@@ -203,6 +203,21 @@ def test_a_damaged_checkpoint_is_passed_over_by_a_rollback(tmp_path: Path) -> No
     assert trainer.progress.step == 12
 
 
+@pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
+def test_a_validation_that_is_not_finite_ends_the_run_and_says_what_to_do(tmp_path: Path, policy: str) -> None:
+    trainer, _ = start(tmp_path, on_nan=policy)
+
+    def lose(module: torch.nn.Module, given: object, output: torch.Tensor) -> torch.Tensor:
+        return output if module.training or trainer.progress.step < 8 else output * math.inf
+
+    trainer.model.head.register_forward_hook(lose)  # type: ignore[union-attr]
+    with pytest.raises(NonFiniteError, match=r"step 8: validation: the loss is nan.*good checkpoint: \S+4$") as end:
+        run(trainer)
+    assert end.value.exit_code == 3 and "and continue with --resume auto" in str(end.value)
+    assert [path.name for path in trainer.store.complete()] == ["step-000004"]
+    assert not (tmp_path / "flight").exists()
+
+
 def test_a_bad_step_is_never_the_best(tmp_path: Path) -> None:
     trainer, _ = start(tmp_path, 4, 8, on_nan="skip", nan_check_interval=50)
     run(trainer)

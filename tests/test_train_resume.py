@@ -16,7 +16,7 @@ from ultrazoo.config import Config
 from ultrazoo.errors import CheckpointError, ConfigError, UltrazooError
 from ultrazoo.train.checkpoint import read_state, read_tensors
 from ultrazoo.train.loop import Trainer
-from ultrazoo.train.metrics import JsonLines, keep_until, set_aside
+from ultrazoo.train.metrics import JsonLines
 from ultrazoo.train.resume import check_match, find_checkpoint
 from ultrazoo.train.signals import SignalGuard, StoppedError
 from ultrazoo.train.store import CheckpointStore
@@ -197,21 +197,6 @@ def test_another_model_vocabulary_tokenizer_or_data_is_refused_key_by_key(tmp_pa
     assert "dropout" not in text
     with pytest.raises(CheckpointError, match="data_fingerprint: checkpoint 'rows', this run 'more rows'"):
         check_match(folder, config, tokenizer_sha256="tokenizer", data_fingerprint="more rows")
-
-
-def test_metrics_are_cut_to_the_resumed_step_and_never_lost(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    writer = JsonLines(path)
-    for step in (2, 4, 4, 6):
-        writer.write({"step": step, "loss": float("nan") if step == 6 else 1.0})
-    writer.close()
-    assert path.read_text().endswith('{"step": 6, "loss": null}\n')
-    path.write_text(path.read_text() + '{"step": 8, "lo')
-    keep_until(path, path, 4)
-    assert path.read_text().count("\n") == 3
-    assert set_aside(path) == tmp_path / "metrics.1.jsonl"
-    assert set_aside(path) is None
-    assert (tmp_path / "metrics.1.jsonl").read_text().count('"step": 4') == 2
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")

@@ -24,6 +24,7 @@ from ultrazoo.train import train
 from ultrazoo.train.checkpoint import verify_checkpoint
 from ultrazoo.train.durable import sha256
 from ultrazoo.train.folder import RunFolder
+from ultrazoo.train.inspection import RunReport, inspect_path
 
 TIMED = {"seconds", "tokens_per_second", "data_wait_share", "memory_bytes"}
 
@@ -149,6 +150,19 @@ def test_metrics_of_a_run_without_checkpoints_are_kept_aside(text: Path, tmp_pat
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     train(make_config(text, max_steps=1), run_dir=tmp_path, resume="auto", console=quiet())
     assert (tmp_path / "metrics.1.jsonl").read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize("damaged", [b"{", b"[1]", b"\xff", b'{"starts": [{}]}', b'{"starts": 3}'])
+def test_a_damaged_env_json_is_set_aside_and_the_run_goes_on(text: Path, tmp_path: Path, damaged: bytes) -> None:
+    train(make_config(text, max_steps=1), run_dir=tmp_path, console=quiet())
+    (tmp_path / "env.json").write_bytes(damaged)
+    report, console = inspect_path(tmp_path), quiet()
+    assert isinstance(report, RunReport) and report.starts == []
+    train(make_config(text, max_steps=2), run_dir=tmp_path, resume="auto", console=console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "env.json: damaged: got" in said and "set aside as env.1.json" in said
+    assert (tmp_path / "env.1.json").read_bytes() == damaged
+    assert [start["step"] for start in json.loads((tmp_path / "env.json").read_text())["starts"]] == [1]
 
 
 def test_a_second_trainer_in_the_folder_is_refused_and_no_lock_outlives_its_process(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from train_parts import TinyModel, make_config, make_trainer
 from ultrazoo.config import ModelConfig
 from ultrazoo.model import build_model
 from ultrazoo.nn.bitlinear import BitLinear, ternary_shares, ternary_ste
-from ultrazoo.train.metrics import TensorBoard, Window
+from ultrazoo.train.metrics import Window
 from ultrazoo.train.signals import SignalGuard
 from ultrazoo.train.statistics import BlockReport, gradient_statistics, module_statistics, weight_statistics
+from ultrazoo.train.tensorboard import TensorBoard
 from ultrazoo.train.watch import LossWatch, RouterWatch, Watch
 
 

@@ -209,6 +209,49 @@ def test_a_stretch_in_which_something_changed_is_refused_from_the_beginning_too(
         verify_run(run)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_run_that_was_made_longer_is_verified_with_the_plan_of_each_start(
+    original: Path, tmp_path: Path, schedule: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, config = tmp_path / "run", original.parent / "tiny.yaml"
+
+    def go(command: str, place: Path, *given: str | Path, **training: Any) -> None:
+        sets = [word for name, value in training.items() for word in ("--set", f"training.{name}={value}")]
+        assert call(command, place, *given, *sets) == 0
+
+    every = {"eval_every_n_steps": 4, "max_rolling_checkpoints": 9, "lr_schedule": schedule}
+    go("train", config, "--output-dir", run, max_steps=5, log_every_n_steps=3, **every)
+    go("resume", run, max_steps=7)
+    go("resume", run, max_steps=11, log_every_n_steps=2)
+    steps = [record["step"] for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]
+    assert steps == [3, 4, 5, 5, 6, 7, 7, 8, 8, 10, 11, 11]
+    for lost in (None, 7, 5):  # checkpoints that are there, or of which only env.json tells
+        if lost is not None:
+            shutil.rmtree(run / f"checkpoints/step-{lost:06d}")
+        found = verify_run(run, steps=11)
+        assert (found.start, found.steps, found.first_difference) == (None, 11, None)
+        assert found.compared["records"] == len(steps)
+    environment = json.loads((run / "env.json").read_text())
+    for start in environment["starts"]:
+        del start["plan"]  # as of an earlier version
+    (run / "env.json").write_text(json.dumps(environment))
+    with pytest.raises(CheckpointError, match=r"training\.max_steps changed since the beginning; verify a later"):
+        verify_run(run, steps=11)
+
+
+def test_a_damaged_line_among_the_records_is_left_out_of_the_comparison(run: Path) -> None:
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 9, "lo')
+    assert verify_run(run).first_difference is None
+    lines = (run / "metrics.jsonl").read_bytes().splitlines()
+    lines[-3] = b"\xff"
+    (run / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    said: list[str] = []
+    found = verify_run(run, say=said.append)
+    assert (found.first_difference, found.compared["records"]) == (None, 3)
+    assert any("1 damaged line left out" in line for line in said)
+
+
 def test_weights_that_a_run_began_with_are_taken_again_when_it_is_killed_before_its_first_checkpoint(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

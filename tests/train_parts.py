@@ -145,6 +145,9 @@ class Recorder:
     def write(self, record: Any) -> None:
         self.records.append(dict(record))
 
+    def sync(self) -> dict[str, Any]:
+        return {}
+
     def close(self) -> None:
         pass
 

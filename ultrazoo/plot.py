@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ def read_metrics(run_dir: Path) -> list[Record]:
     """
     path = run_dir / "metrics.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read: {error.strerror}; expected the folder of a run, such as runs/embbert"
@@ -40,7 +41,7 @@ def read_metrics(run_dir: Path) -> list[Record]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            merged.setdefault(record["step"], {}).update(record)
+            merged.setdefault(operator.index(record["step"]), {}).update(record)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             if number == len(lines):
                 break

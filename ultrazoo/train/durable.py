@@ -17,7 +17,7 @@ from ultrazoo.errors import CheckpointError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-LEFTOVER = re.compile(r"\.(step-\d+(-\d+)?|latest|best|(config|env|tokenizer|metrics)\.\w+)\.(tmp-\d+|deleting)")
+LEFTOVER = re.compile(r"\.(step-\d+(-\d+)?|latest|best|(config|env|tokenizer|metrics)(\.\w+)+)\.(tmp-\d+|deleting)")
 CHUNK = 1 << 20
 
 
@@ -122,11 +122,24 @@ def flush(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small text file in one piece."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a small file in one piece."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(data)
     flush(temporary)
     temporary.replace(path)
     flush(path.parent)
+
+
+def place_aside(path: Path) -> Path:
+    """Return the first free name like ``metrics.1.jsonl`` for what lies at ``metrics.jsonl``."""
+    number = 1
+    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    return aside
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -61,5 +61,9 @@ def evaluate(
         return None
     loss, accuracy = loss_sum / seen, correct / seen
     if not math.isfinite(loss):
-        raise NonFiniteError(f"validation: the loss is {loss}, expected a finite number; the weights have diverged")
+        raise NonFiniteError(
+            f"validation: the loss is {loss:g}, expected a finite number; the steps before were finite, so "
+            "training.on_nan does not apply, and no checkpoint is written; lower training.learning_rate or "
+            "training.max_grad_norm, or set training.use_amp to false, and continue with --resume auto"
+        )
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": accuracy, "targets": int(seen)}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from ultrazoo.errors import ConfigError
-from ultrazoo.train.durable import MANIFEST, remove_leftovers, write_text
+from ultrazoo.errors import CheckpointError, ConfigError
+from ultrazoo.train.durable import MANIFEST, place_aside, remove_leftovers, write_text
 
 ENVIRONMENT = "env.json"
 
@@ -78,16 +79,24 @@ class RunFolder:
         """File of the metrics."""
         return self.path / "metrics.jsonl"
 
+    def mend(self, say: Callable[[str], None]) -> None:
+        """Put a damaged env.json aside, with a warning, so that it keeps no run from going on."""
+        path = self.path / ENVIRONMENT
+        try:
+            self.listed()
+        except CheckpointError as error:
+            say(f"warning: {error}; set aside as {path.rename(place_aside(path)).name}")
+
     def describe(self, config_yaml: str, tokenizer_json: str, start: dict[str, Any]) -> None:
         """Write config.yaml and tokenizer.json, and add this start to those listed in env.json."""
         write_text(self.path / "config.yaml", config_yaml)
         write_text(self.path / "tokenizer.json", tokenizer_json)
-        write_text(self.path / ENVIRONMENT, json.dumps({"starts": [*self._listed(), start]}, indent=2) + "\n")
+        write_text(self.path / ENVIRONMENT, json.dumps({"starts": [*self.listed(), start]}, indent=2) + "\n")
 
     def starts(self) -> list[dict[str, Any]]:
         """Return the starts of env.json that the run is made of, those left out that a later one began before."""
         kept: list[dict[str, Any]] = []
-        for start in self._listed():
+        for start in self.listed():
             while kept and kept[-1]["step"] >= start["step"]:
                 kept.pop()
             kept.append(start)
@@ -98,9 +107,26 @@ class RunFolder:
         starts = self.starts()
         return starts[0].get("weights_from") if starts and starts[0]["step"] == 0 else None
 
-    def _listed(self) -> list[dict[str, Any]]:
+    def listed(self) -> list[dict[str, Any]]:
+        """Return every start of env.json, in the order of time.
+
+        Raises:
+            CheckpointError: The file is damaged.
+        """
         path = self.path / ENVIRONMENT
-        return json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []
+        if not path.is_file():
+            return []
+        try:
+            starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+            if all(type(start["step"]) is int for start in starts):
+                return list(starts)
+            problem = "a start without its step"
+        except (ValueError, TypeError, KeyError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"{path}: damaged: got {problem}, expected the starts of the run, each with its step; the checkpoints are "
+            "whole without them, and a resume goes on"
+        )
 
 
 def _take(file: IO[str]) -> bool:

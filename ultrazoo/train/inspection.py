@@ -14,6 +14,7 @@ from ultrazoo.config.needs import missing
 from ultrazoo.errors import CheckpointError
 from ultrazoo.train.checkpoint import MODEL, OPTIMIZER, RECEIPT, read_config, read_state, verify_checkpoint
 from ultrazoo.train.durable import MANIFEST, read_json
+from ultrazoo.train.folder import RunFolder
 from ultrazoo.train.store import CheckpointStore
 
 ASIDE = re.compile(r"step-\d+\.damaged(-\d+)?")
@@ -124,7 +125,7 @@ def inspect_run(run_dir: Path) -> RunReport:
     aside = sorted(path for path in root.iterdir() if ASIDE.fullmatch(path.name)) if root.is_dir() else []
     return RunReport(
         path=str(run_dir),
-        starts=_if_readable(run_dir / "env.json", read_json).get("starts", []),
+        starts=_if_readable(run_dir, lambda path: {"starts": RunFolder(path).listed()}).get("starts", []),
         latest=pointers["latest"],
         best=pointers["best"],
         checkpoints=[inspect_checkpoint(path) for path in CheckpointStore(root, 0, 0).folders()],

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import ultrazoo
 from ultrazoo.config import Config
-from ultrazoo.errors import DataError
+from ultrazoo.errors import DataError, NonFiniteError
 from ultrazoo.model import MaskedLM
 from ultrazoo.train.agree import flight_recorder
 from ultrazoo.train.amp import make_precision
@@ -195,13 +195,21 @@ class Trainer:
         return target is not None
 
     def validate(self, guard: SignalGuard) -> None:
-        """Score the held-out text, unless a signal cuts it short."""
+        """Score the held-out text, unless a signal cuts it short.
+
+        Raises:
+            NonFiniteError: The loss is not finite; ``on_nan`` does not apply, for there is no step to leave out.
+        """
+        step = self.progress.step
         if self._validation is None:
             self._validation = self.data.validation_batches()[: self.training.eval_max_batches]
-        figures = evaluate(self.model, self._validation, self.precision, guard.poll, self.team)
+        try:
+            figures = evaluate(self.model, self._validation, self.precision, guard.poll, self.team)
+        except NonFiniteError as error:
+            last = self.last_checkpoint or "none"
+            raise NonFiniteError(f"step {step}: {error}; last good checkpoint: {last}") from error
         if figures is None:
             return
-        step = self.progress.step
         self.progress.validation, self.progress.validated_step = figures, step
         named = {f"validation_{name}": value for name, value in figures.items()}
         self._report({"step": step, **named, "unigram_entropy": self.data.unigram_entropy})
@@ -216,6 +224,7 @@ class Trainer:
         Raises:
             NonFiniteError: A weight or a moment of the optimiser is not finite; nothing is written.
             CheckpointError: The file system refused.
+            UltrazooError: It refused the records that the checkpoint stands behind.
         """
         step = self.progress.step
         model = self.team.model_tensors(self.model)
@@ -227,6 +236,7 @@ class Trainer:
             "validation_loss": self.progress.validation_loss,
             "progress": asdict(self.progress),
             "window": self.window.state_dict(),
+            **self.team.leader_says(self._sync),
             "watch": self.watch.state_dict(),
             "finite": self.finite.state_dict(),
             "data": self.data.state_dict(),
@@ -315,3 +325,7 @@ class Trainer:
     def _report(self, record: dict[str, Any]) -> None:
         for reporter in self.reporters:
             reporter.write(record)
+
+    def _sync(self) -> dict[str, Any]:
+        """Wait until the records so far are on the disk; return what the state of a checkpoint says of them."""
+        return {name: value for reporter in self.reporters for name, value in reporter.sync().items()}

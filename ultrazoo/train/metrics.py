@@ -1,18 +1,20 @@
-"""What a run records: metrics.jsonl always, TensorBoard when asked for."""
+"""What a run records, and metrics.jsonl, where it always goes."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from ultrazoo.errors import ConfigError, UltrazooError
-from ultrazoo.train.durable import write_text
+from ultrazoo.errors import UltrazooError
+from ultrazoo.train.durable import flush
+from ultrazoo.train.records import mark_of, read_lines
 
 
 class Reporter(Protocol):
@@ -20,15 +22,45 @@ class Reporter(Protocol):
 
     def write(self, record: Mapping[str, Any]) -> None: ...
 
+    def sync(self) -> dict[str, Any]:
+        """Wait until what was written is on the disk; return what the state of a checkpoint says of it."""
+        ...
+
     def close(self) -> None: ...
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Tell with the path and a hint if the file system refuses in the body.
+
+    Raises:
+        UltrazooError: It did, for example because it is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UltrazooError(
+            f"{path}: cannot be written: {error}; the checkpoints are intact: free some space, then continue "
+            "with --resume auto"
+        ) from error
+
+
 class JsonLines:
-    """metrics.jsonl: one JSON object a line, appended and flushed; numbers that are not finite become null."""
+    """metrics.jsonl: one JSON object a line, appended and flushed; numbers that are not finite become null.
+
+    Args:
+        path: The file; what it holds is of the same run.
+
+    Raises:
+        UltrazooError: The file system refused.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("a", encoding="utf-8")
+        with writing(path):
+            before = read_lines(path)
+            self._count, self._last = len(before), before[-1] if before else b""
+            self._file = path.open("ab")
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record.
@@ -36,107 +68,27 @@ class JsonLines:
         Raises:
             UltrazooError: The file system refused, for example because it is full.
         """
-        try:
-            self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        line = json.dumps(_finite(record), allow_nan=False).encode()
+        with writing(self._path):
+            self._file.write(line + b"\n")
             self._file.flush()
-        except OSError as error:
-            raise UltrazooError(
-                f"{self._path}: cannot be written: {error}; the checkpoints are intact: free some space, then continue "
-                "with --resume auto"
-            ) from error
+        self._count, self._last = self._count + 1, line
+
+    def sync(self) -> dict[str, Any]:
+        """Wait until the records are on the disk; return the mark by which a resume finds the last of them.
+
+        Raises:
+            UltrazooError: The file system refused.
+        """
+        with writing(self._path):
+            os.fsync(self._file.fileno())
+            flush(self._path.parent)
+        return {"records": mark_of(self._count, self._last)}
 
     def close(self) -> None:
         """Close the file."""
         with suppress(OSError):  # of a write that failed, and was told
             self._file.close()
-
-
-def take_over(checkpoint: Path, target: Path, step: int) -> Path | None:
-    """Begin the metrics of a run with those that led to the checkpoint it continues from.
-
-    They lie beside the folder ``checkpoints`` that holds it; where there are none, it is a copy put elsewhere, and the
-    run's own are taken.
-
-    Returns:
-        Where the metrics of another run that were in the place are kept now.
-    """
-    home = checkpoint.resolve().parent
-    source = home.parent / target.name
-    if home.name != "checkpoints" or not source.is_file():
-        source = target
-    aside = None if source.resolve() == target.resolve() else set_aside(target)
-    keep_until(source, target, step)
-    return aside
-
-
-def keep_until(source: Path, target: Path, step: int) -> None:
-    """Write to ``target`` the records of ``source`` up to a step, without those that a resumed run makes again.
-
-    A last line that a kill cut short goes too.
-    """
-    kept = []
-    if source.is_file():
-        for line in source.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and record.get("step", step + 1) <= step:
-                kept.append(line + "\n")
-    write_text(target, "".join(kept))
-
-
-def set_aside(path: Path) -> Path | None:
-    """Rename the metrics of an earlier run that left no checkpoint, so that nothing is overwritten."""
-    if not path.is_file() or path.stat().st_size == 0:
-        return None
-    number = 1
-    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
-    path.rename(aside)
-    return aside
-
-
-def load_summary_writer() -> Callable[..., Any]:
-    """Return TensorBoard's ``SummaryWriter``.
-
-    Raises:
-        ConfigError: The package is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            "training.report_to: got 'tensorboard', but the package is not installed; "
-            "pip install tensorboard (or 'ultrazoo[tensorboard]'), or remove it from report_to"
-        ) from error
-    writer: Callable[..., Any] = SummaryWriter
-    return writer
-
-
-class TensorBoard:
-    """Event files under ``<run folder>/tensorboard``.
-
-    Args:
-        folder: The run folder.
-        step: Step that the run continues from; later events of an earlier attempt are hidden.
-
-    Raises:
-        ConfigError: The package is not installed.
-    """
-
-    def __init__(self, folder: Path, step: int) -> None:
-        self._writer = load_summary_writer()(str(folder / "tensorboard"), purge_step=step + 1)
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Add one scalar for each number in the record."""
-        for name, value in _flat(record):
-            if name != "step":
-                self._writer.add_scalar(name, value, record["step"])
-
-    def close(self) -> None:
-        """Write what is buffered and close the file."""
-        self._writer.close()
 
 
 class Window:
@@ -193,17 +145,6 @@ class Window:
 def plain(stats: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Fetch statistics as numbers and lists of numbers."""
     return {name: value.detach().float().tolist() for name, value in stats.items()}
-
-
-def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in record.items():
-        path = f"{prefix}{name}"
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{path}/")
-        elif isinstance(value, Sequence) and not isinstance(value, str):
-            yield from _flat({str(index): item for index, item in enumerate(value)}, f"{path}/")
-        elif isinstance(value, int | float):
-            yield path, float(value)
 
 
 def _finite(value: Any) -> Any:

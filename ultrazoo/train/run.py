@@ -20,14 +20,17 @@ from ultrazoo.train.folder import RunFolder
 from ultrazoo.train.galore import load_projector
 from ultrazoo.train.loop import Trainer
 from ultrazoo.train.memory import memory_told
-from ultrazoo.train.metrics import JsonLines, TensorBoard, load_summary_writer, set_aside, take_over
+from ultrazoo.train.metrics import JsonLines
 from ultrazoo.train.profile import StepProfiler
+from ultrazoo.train.records import Record, set_aside, take_over
 from ultrazoo.train.resume import check_match, check_weights, find_checkpoint, find_weights
 from ultrazoo.train.runtime import environment, prepared
 from ultrazoo.train.schedule import make_plan
 from ultrazoo.train.signals import SignalGuard, nothing_to_save
 from ultrazoo.train.store import CheckpointStore
+from ultrazoo.train.stretch import plan_of
 from ultrazoo.train.team import joined
+from ultrazoo.train.tensorboard import TensorBoard, load_package
 
 
 def require_packages(training: TrainingConfig) -> None:
@@ -39,7 +42,7 @@ def require_packages(training: TrainingConfig) -> None:
     if training.use_galore:
         load_projector()
     if "tensorboard" in training.report_to:
-        load_summary_writer()
+        load_package()
 
 
 def train(
@@ -80,6 +83,7 @@ def train(
         require_packages(training)
         folder = RunFolder(run_dir)
         team.leader_says(lambda: stack.enter_context(folder) and None)
+        team.leader_says(lambda: folder.mend(say))
         stack.enter_context(nothing_to_save())
         device = stack.enter_context(prepared(training))
         store = CheckpointStore(folder.checkpoints, training.max_rolling_checkpoints, training.num_best_checkpoints)
@@ -114,19 +118,20 @@ def train(
             trainer.restore(start)
             display.say(f"resume: continuing from {start}")
         step = trainer.progress.step
-        if team.leads:
-            aside = set_aside(folder.metrics) if start is None else take_over(start, folder.metrics, step)
-            if aside is not None:
-                display.say(f"metrics of an earlier run that left no checkpoint are kept as {aside}")
+        kept: list[Record] = []
+        if team.leads and start is not None:
+            kept = take_over(start, folder.metrics, display.say)
+        elif team.leads and (aside := set_aside(folder.metrics)):
+            display.say(f"metrics of an earlier run that left no checkpoint are kept as {aside}")
         receipt = {**environment(device), "step": step, "resumed_from": str(start) if start else None}
         receipt["weights_from"] = str(weights.resolve()) if weights else None
-        receipt["changed"] = changed
+        receipt["changed"], receipt["plan"] = changed, plan_of(training)
         receipt["processes"], receipt["distributed"] = team.size, team.kind
         if team.leads:
             folder.describe(config.to_yaml(), data.vocabulary.text, receipt)
             trainer.reporters.append(JsonLines(folder.metrics))
             if "tensorboard" in training.report_to:
-                trainer.reporters.append(TensorBoard(run_dir, step))
+                trainer.reporters.append(TensorBoard(run_dir, step, kept))
         for reporter in trainer.reporters:
             stack.callback(reporter.close)
         if profile is not None:

@@ -30,35 +30,24 @@ from ultrazoo.train.checkpoint import (
     read_config,
     read_state,
     read_tensors,
-    verify_checkpoint,
 )
 from ultrazoo.train.display import PlainDisplay
 from ultrazoo.train.folder import RunFolder
 from ultrazoo.train.loop import Trainer
 from ultrazoo.train.memory import memory_told
 from ultrazoo.train.metrics import JsonLines
-from ultrazoo.train.resume import UNREMARKABLE, check_match
+from ultrazoo.train.records import Record, Say, lines_behind, parse_records, read_lines
+from ultrazoo.train.resume import check_match
 from ultrazoo.train.runtime import prepared
 from ultrazoo.train.schedule import make_plan
 from ultrazoo.train.signals import SignalGuard, StoppedError
 from ultrazoo.train.store import CheckpointStore
+from ultrazoo.train.stretch import Part, choose, parts_of, require_repeatable
 from ultrazoo.train.team import joined
 
 TIMED = frozenset({"seconds", "tokens_per_second", "data_wait_share", "memory_bytes"})
 """Entries of a record that no two runs share."""
 STATE = ("rng", "rng_others", "data", "window", "scaler", "watch")
-WITHOUT_PART = UNREMARKABLE | {
-    "checkpoint_every_n_steps",
-    "max_rolling_checkpoints",
-    "num_best_checkpoints",
-    "prefer_local_cache",
-    "dataloader_workers",
-    "num_workers",
-    "max_steps",
-}
-"""Training fields that no step depends on; of ``max_steps`` the learning rates tell."""
-
-
 Differences = list[tuple[int, str]]
 """Steps, and what differs at each."""
 
@@ -119,22 +108,20 @@ class _Again(CheckpointStore):
 
 
 class _Watch(SignalGuard):
-    """Asks for a checkpoint at the steps that have one, and for the end at the last of them."""
+    """Asks for a checkpoint at the steps that have one, and for a stop at the end."""
 
-    def __init__(self, originals: Collection[int], progress: Callable[[], int]) -> None:
+    def __init__(self, originals: Collection[int], end: int, progress: Callable[[], int]) -> None:
         super().__init__()
-        self.originals, self.progress = originals, progress
+        self.originals, self.end, self.progress = originals, end, progress
 
     def take_checkpoint_request(self) -> bool:
         step = self.progress()
-        if step == max(self.originals):
+        if step == self.end:
             self.stop = signal.SIGTERM
         return step in self.originals
 
 
-def verify_run(
-    run_dir: Path, *, steps: int | None = None, say: Callable[[str], None] = lambda line: None
-) -> Verification | None:
+def verify_run(run_dir: Path, *, steps: int | None = None, say: Say = lambda line: None) -> Verification | None:
     """Take the steps up to a run's newest checkpoint again and compare; nothing in the run folder changes.
 
     A run of several processes needs as many again, started by torchrun.
@@ -162,13 +149,14 @@ def verify_run(
         made_with = config_from_dict(read_config(present[-1]), str(present[-1]))
         team, own = stack.enter_context(joined(made_with.training))
         team.leader_says(lambda: stack.enter_context(folder) and None)
-        start, originals = team.leader_says(lambda: _choose(CheckpointStore(folder.checkpoints, 0, 0), folder, steps))
+        start, originals = team.leader_says(lambda: choose(CheckpointStore(folder.checkpoints, 0, 0), folder, steps))
         last = originals[max(originals)]
         config, state = config_from_dict(read_config(last), str(last)), read_state(last)
         begun = 0 if start is None else read_state(start)["step"]
         found = Verification(start=None if start is None else start.name, steps=state["step"] - begun)
         found.notes = _notes(state)
-        team.leader_says(lambda: _require_repeatable(folder, start, originals, team.size))
+        team.leader_says(lambda: require_repeatable(folder, start, originals, team.size))
+        parts = team.leader_says(lambda: parts_of(folder, begun, state["step"]))
         here = {"num_threads": state["num_threads"], "report_to": (), "device": own.device}
         training = config.training.model_copy(update=here)
         config = config.model_copy(update={"training": training})
@@ -189,69 +177,27 @@ def verify_run(
         if start is not None:
             trainer.restore(start)
         say(f"taking steps {begun + 1:,} to {state['step']:,} again, from {start or 'the beginning'}")
-        with closing(JsonLines(scratch / "metrics.jsonl")) as reporter, suppress(StoppedError):
+        with closing(JsonLines(scratch / "metrics.jsonl")) as reporter:
             trainer.reporters.append(reporter)
-            trainer.run(_Watch(originals, lambda: trainer.progress.step))
+            for part in parts:
+                _take(part, trainer, originals)
         if not team.leads:
             return None
-        records = [_read_records(path, begun, state["step"]) for path in (folder.metrics, scratch / "metrics.jsonl")]
+        made = lines_behind(read_lines(folder.metrics), state, folder.metrics, say)
+        before = [] if start is None else lines_behind(made, read_state(start), folder.metrics, say)
+        again = scratch / "metrics.jsonl"
+        both = ((made[len(before) :], folder.metrics), (read_lines(again), again))
+        records = [_untimed(parse_records(lines, path, say), begun) for lines, path in both]
         found.add("records", len(records[0]), _compare_records(*records))
     return found
 
 
-def _choose(store: CheckpointStore, folder: RunFolder, steps: int | None) -> tuple[Path | None, dict[int, Path]]:
-    """The checkpoint to begin at, None for the beginning of the run, and those to compare with, by step."""
-    present = store.complete()
-    for path in present:
-        verify_checkpoint(path)
-    numbered = {int(read_state(path)["step"]): path for path in present}
-    newest = max(numbered)
-    earlier = [step for step in numbered if step < newest and (steps is None or step <= newest - steps)]
-    if earlier:
-        return numbered[max(earlier)], {step: path for step, path in numbered.items() if step > max(earlier)}
-    if folder.starts()[0]["step"] != 0 or folder.first_weights():
-        raise CheckpointError(
-            f"{folder.path}: no checkpoint lies {steps or 1} or more steps before {numbered[newest].name}, and the run "
-            "began elsewhere; keep more of them (training.max_rolling_checkpoints), or lower --steps"
-        )
-    return None, numbered
-
-
-def _require_repeatable(folder: RunFolder, start: Path | None, originals: dict[int, Path], size: int) -> None:
-    """Refuse a stretch in which something changed that its steps depend on, or that cannot be had again here."""
-    last = originals[max(originals)]
-    begun = 0 if start is None else read_state(start)["step"]
-    stretch = [path for path in (start, *originals.values()) if path is not None]
-    states, after = [read_state(path) for path in stretch], read_config(last)
-    if after["training"]["max_minutes"] is not None:
-        raise CheckpointError(
-            f"{last}: training.max_minutes makes the learning rate follow the clock, which cannot be turned back; "
-            "only runs of max_steps or num_epochs can be verified"
-        )
-    processes = states[-1].get("processes", 1)
-    starts = [one for one in folder.starts() if begun <= one["step"] < max(originals)]
-    if {processes} != {one.get("processes", 1) for one in (*states, *starts)}:
-        raise CheckpointError(f"{last}: the number of processes changed since {start}; verify a later stretch")
-    if processes != size:
-        again = f"torchrun --nproc-per-node {processes} -m ultrazoo" if processes > 1 else "ultrazoo"
-        raise CheckpointError(
-            f"{last}: taken by {processes} process{'es' * (processes > 1)}, which {size} cannot repeat to the bit; run "
-            f"{again} resume {folder.path} --verify"
-        )
-    changed = {
-        f"{section}.{name}"
-        for before in map(read_config, stretch)
-        for section in ("model", "training")
-        for name in {*before[section], *after[section]}
-        if before[section].get(name) != after[section].get(name)
-    }
-    changed |= {note.partition(":")[0] for one in starts for note in one.get("changed", ())}
-    if changed := {name for name in changed if name.partition(".")[2] not in WITHOUT_PART}:
-        since = "the beginning" if start is None else start.name
-        raise CheckpointError(f"{last}: {', '.join(sorted(changed))} changed since {since}; verify a later stretch")
-    returns = [state["progress"].get("rollbacks", 0) for state in (states[0], states[-1])]
-    if returns[-1] != (0 if start is None else returns[0]):
-        raise CheckpointError(f"{last}: the run rolled back on the way; verify a later stretch")
+def _take(part: Part, trainer: Trainer, originals: Collection[int]) -> None:
+    """Take the steps of one start again, with the plan and the records that it had."""
+    training = trainer.training.model_copy(update=part.plan)
+    trainer.training, trainer.plan = training, make_plan(training, trainer.data.rows_per_epoch)
+    with suppress(StoppedError):
+        trainer.run(_Watch(originals, part.end, lambda: trainer.progress.step))
 
 
 def _notes(state: dict[str, Any]) -> list[str]:
@@ -278,11 +224,10 @@ def _compare_tensors(
     return len(saved), differences
 
 
-def _read_records(path: Path, begun: int, last: int) -> list[dict[str, Any]]:
-    """Records of the steps after ``begun`` and up to ``last``, without what no two runs share."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    records = [record for record in map(json.loads, lines) if begun < record["step"] <= last]
-    return [{name: value for name, value in record.items() if name not in TIMED} for record in records]
+def _untimed(records: list[tuple[bytes, Record]], begun: int) -> list[Record]:
+    """Records of the steps after ``begun``, without what no two runs share."""
+    later = [record for _, record in records if record["step"] > begun]
+    return [{name: value for name, value in record.items() if name not in TIMED} for record in later]
 
 
 def _compare_records(saved: list[dict[str, Any]], now: list[dict[str, Any]]) -> Differences:
