@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ultrazoo.train import train
 from ultrazoo.train.checkpoint import verify_checkpoint
 from ultrazoo.train.durable import sha256
 from ultrazoo.train.folder import RunFolder
+from ultrazoo.train.team import Team
 
 TIMED = {"seconds", "tokens_per_second", "data_wait_share", "memory_bytes"}
 
@@ -116,6 +118,28 @@ def test_what_a_resume_refuses_leaves_the_folder_as_it_was(text: Path, tmp_path:
     with pytest.raises(CheckpointError, match=r"model\.hidden_size: checkpoint 16, this run 32"):
         train(make_config(text, {"hidden_size": 32}), run_dir=run, resume="auto", console=quiet())
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+class _Two(Team):
+    """Does the work of two processes that come one after the other."""
+
+    def in_turn(self, work):  # type: ignore[no-untyped-def]
+        work()
+        return work()
+
+
+def test_of_many_processes_one_makes_the_cache_anew(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ultrazoo.train.run.joined", lambda training: nullcontext((_Two(), training)))
+    config, console = (
+        make_config(text, max_steps=1, cache_dir=str(tmp_path / "cache"), prefer_local_cache=False),
+        quiet(),
+    )
+    for name in ("first", "second"):
+        train(config, run_dir=tmp_path / name, console=console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert (said.count("tokenised 400 rows"), said.count("rebuilt as asked")) == (2, 1)
 
 
 def test_a_run_branches_into_another_folder_with_its_metrics(text: Path, tmp_path: Path) -> None:

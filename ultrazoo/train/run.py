@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ def train(
             resume, weights_only = again, True
         weights = team.leader_says(lambda: find_weights(resume, store)) if weights_only else None
         team.leader_says(store.tidy)
-        data = team.in_turn(lambda: build_data(training, config.model.vocab_size, say))
+        job = team.leader_says(lambda: uuid.uuid4().hex)
+        data = team.in_turn(lambda: build_data(training, config.model.vocab_size, say, job))
         data.share = Share(team.rank, team.size)
         if weights is not None:
             check_weights(weights, config, tokenizer_sha256=data.tokenizer_sha256)
