@@ -103,6 +103,13 @@ def test_seeds_and_row_limits_may_use_63_bits():
     assert config_from_dict(config.to_dict(), "again") == config
 
 
+@pytest.mark.parametrize("field", ["local_parquet_dir", "tokenizer", "cache_dir", "output_dir"])
+@pytest.mark.parametrize("value", ["", "  ", "a\0b"])
+def test_a_path_is_not_blank(tmp_path, field, value):
+    message = problems(tmp_path, "", f"training.{field}={json.dumps(value)}")
+    assert f"training.{field}: got {value!r}, expected a path; leave the field out for " in message
+
+
 def test_mini_always_factorises(tmp_path):
     assert load_config(write(tmp_path, "model_class: mini\n")).config.model.use_factorized_embedding
     text = "model_class: mini\nmodel: {use_factorized_embedding: false}\n"

@@ -27,7 +27,9 @@ def train(
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Begin a new run with the weights of --resume PATH and nothing else.")
     ] = False,
-    output_dir: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/NAME")] = None,
+    output_dir: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Run folder.", show_default="runs/NAME")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = None,
     kernels: Annotated[str | None, typer.Option(help="auto, compiled or reference.")] = None,
     print_config: Annotated[
@@ -49,7 +51,7 @@ def train(
     from ultrazoo.config import load_config
 
     named = {"output_dir": output_dir, "device": device, "kernels": kernels}
-    given = [f"training.{name}={json.dumps(str(value))}" for name, value in named.items() if value is not None]
+    given = [f"training.{name}={json.dumps(value)}" for name, value in named.items() if value is not None]
     loaded = load_config(config, [*(overrides or []), *given])
     for notice in loaded.notices:
         say(f"note: {notice}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from ultrazoo.config.paths import PATHS, require_path
 from ultrazoo.config.problems import ProblemsError
 from ultrazoo.options import Options
 
@@ -113,6 +114,11 @@ class TrainingConfig(Options):
     log_gradient_stats: bool = Field(False, description="Record gradient, update and module statistics per block.")
     gradient_log_interval: int = Field(10, ge=1, description="Steps between those records.")
     report_to: tuple[Literal["tensorboard"], ...] = Field((), description="Further trackers.")
+
+    @field_validator(*PATHS)
+    @classmethod
+    def _no_blank_path(cls, path: str | None, info: ValidationInfo) -> str | None:
+        return require_path(str(info.field_name), path)
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
