@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_files import build, flip, make_texts, write
 
+from ultrazoo.config.paths import absolute
 from ultrazoo.data.reading import RowReader
 from ultrazoo.data.sources import ParquetSource, Span, open_source
 from ultrazoo.errors import DataError
@@ -52,6 +53,25 @@ def test_linked_folders_are_entered_once_and_change_no_name_of_a_tree_without_th
     source = open_source(str(data))
     assert [file.name for file in source.files] == ["a.parquet", "b/1.parquet", "c/deep/2.parquet"]
     assert read_all(source)[0] == texts
+
+
+@pytest.mark.parametrize(
+    "location", ["data", "data/a.parquet", "data/*.parquet", "*/a.parquet", "**/*.parquet", "../run[[]1]/da*/*"]
+)
+def test_a_relative_location_and_its_absolute_form_are_the_same_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str
+) -> None:
+    write(tmp_path / "run[1]/data/a.parquet", make_texts(10))
+    monkeypatch.chdir(tmp_path / "run[1]")
+    relative, whole = open_source(location), absolute(location)
+    monkeypatch.chdir("/")
+    assert open_source(whole).fingerprint == relative.fingerprint
+
+
+def test_a_location_that_no_system_has_is_an_error() -> None:
+    for location in ("x" * 300, "~" + "x" * 30 + "/data"):
+        with pytest.raises(DataError, match=r"training\.local_parquet_dir: .*cannot be looked up"):
+            open_source(location)
 
 
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

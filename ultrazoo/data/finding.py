@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from pathlib import Path
 
 from ultrazoo.errors import DataError
 
 CORPUS = Path(__file__).resolve().with_name("corpus")
+ESCAPED = re.compile(r"\[([*?[])\]")
+"""A wildcard that stands for itself, as ``glob.escape`` writes it."""
 
 
 def find_files(location: str | None) -> tuple[list[Path], Path]:
@@ -19,10 +22,16 @@ def find_files(location: str | None) -> tuple[list[Path], Path]:
     Raises:
         DataError: Nothing there, nothing that ends in .parquet, or a folder that the system does not let be read.
     """
-    where = f"training.local_parquet_dir: {location}"
     if location is None:
         return sorted(CORPUS.glob("*.parquet")), CORPUS
-    path = Path(location).expanduser()
+    where = f"training.local_parquet_dir: {location}"
+    try:
+        return _matches(Path(location).expanduser(), where)
+    except (OSError, RuntimeError) as error:  # a name that is too long, a home that nobody has
+        raise DataError(f"{where}: cannot be looked up ({error}); expected a path that can be read here") from error
+
+
+def _matches(path: Path, where: str) -> tuple[list[Path], Path]:
     if path.is_file():
         return [path], path.parent
     if path.is_dir():
@@ -69,10 +78,10 @@ def files_below(root: Path) -> list[Path]:
 
 
 def _fixed_parts(pattern: Path) -> list[str]:
-    """The leading parts of a glob that hold no wildcard, the last part of the pattern never among them."""
+    """The leading parts of a glob that hold no wildcard, as they are on the disk; never the last part."""
     fixed: list[str] = []
     for part in pattern.parts[:-1]:
-        if glob.has_magic(part):
+        if glob.has_magic(ESCAPED.sub("", part)):
             break
-        fixed.append(part)
+        fixed.append(ESCAPED.sub(r"\1", part))
     return fixed or ["."]

@@ -11,11 +11,12 @@ import torch
 from rich.console import Console
 
 from ultrazoo.config import Config
+from ultrazoo.config.paths import anchored, spelled_as
 from ultrazoo.data import build_data
 from ultrazoo.data.batch import Share
 from ultrazoo.model import build_model
 from ultrazoo.train.agree import TeamGuard, TeamStore
-from ultrazoo.train.checkpoint import load_model
+from ultrazoo.train.checkpoint import load_model, read_config
 from ultrazoo.train.display import PlainDisplay, final_table, make_display
 from ultrazoo.train.folder import RunFolder
 from ultrazoo.train.loop import Trainer
@@ -60,6 +61,7 @@ def train(
         LostProcessError: Of the processes that torchrun started, one is gone or does not answer.
         FollowerError: The first of them ended, and says why.
     """
+    config = config.model_copy(update={"training": anchored(config.training)})
     with memory_told(), ExitStack() as stack:
         team, training = stack.enter_context(joined(config.training))
         console = Console(quiet=True) if not team.leads else console or Console(stderr=True)
@@ -83,7 +85,8 @@ def train(
         changed: list[str] = []
         if start is not None:
             hashes = {"tokenizer_sha256": data.tokenizer_sha256, "data_fingerprint": data.fingerprint}
-            changed = check_match(start, config, **hashes)
+            alike = spelled_as(config.training, read_config(start).get("training", {}))
+            changed = check_match(start, config.model_copy(update={"training": alike}), **hashes)
             for note in changed:
                 say(f"resume: changed since the checkpoint: {note}")
         plan = make_plan(training, data.rows_per_epoch)
