@@ -86,8 +86,8 @@ def _store(
             rows_at_once=training.dataset_batch_size,
             threads=training.num_workers,
             rebuild=not training.prefer_local_cache,
-            job=job,
             console=console,
+            job=job,
         )
     store = TokenStore(folder, source, vocabulary, split)
     if training.on_bad_data == "error" and store.manifest["skipped"]:

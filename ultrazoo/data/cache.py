@@ -64,8 +64,8 @@ def build_cache(
     rows_at_once: int,
     threads: int,
     rebuild: bool,
-    job: str,
     console: Callable[[str], None],
+    job: str = "",
 ) -> None:
     """Tokenise a source into ``folder``, unless it is there already; go on where a run that was cut short stopped.
 
@@ -78,8 +78,8 @@ def build_cache(
         rows_at_once: Rows that are read and tokenised in one go.
         threads: Threads that tokenise.
         rebuild: Make a new one though there is one, unless that was made for this very job.
-        job: Names the processes that train together, of which the first makes the cache for all; empty: this one.
         console: Takes lines of progress.
+        job: Names the processes that train together, of which the first makes the cache for all; empty: this one.
 
     Raises:
         DataError: The data cannot be read, or the cache not written.
