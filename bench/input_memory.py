@@ -34,7 +34,7 @@ def make(folder: Path, rows: int) -> None:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    from ultrazoo.data.sources import CORPUS
+    from ultrazoo.data.finding import CORPUS
 
     texts = [text for path in sorted(CORPUS.glob("*.parquet")) for text in pq.read_table(path)["text"].to_pylist()]
     words = pa.array([word for text in texts for word in text.split()])
@@ -75,7 +75,8 @@ def walk(way: str, data: str, cache: str) -> None:
     import ultrazoo.data.cache as building
     from ultrazoo.config import TrainingConfig
     from ultrazoo.data.build import build_data
-    from ultrazoo.data.sources import CORPUS, open_source
+    from ultrazoo.data.finding import CORPUS
+    from ultrazoo.data.sources import open_source
 
     samples = Samples(way, open_source(data).num_rows)
 

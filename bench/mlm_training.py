@@ -141,7 +141,7 @@ def documents(training: Any, most: int = 4000) -> list[str]:
     """The first texts of the run's own files."""
     import pyarrow.parquet as parquet
 
-    from ultrazoo.data.sources import find_files
+    from ultrazoo.data.finding import find_files
 
     texts: Iterator[str] = (
         text

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from ultrazoo.config import TrainingConfig
 from ultrazoo.data import Batch, DataModule, build_data
-from ultrazoo.data.sources import CORPUS
+from ultrazoo.data.finding import CORPUS
 
 TOKENIZER = str(CORPUS / "tokenizer.json")
 SENTENCE = "el rey de la casa y las aguas of the king and corazón niño árbol was in her own way señor , . ; never could"

@@ -38,6 +38,7 @@ def test_version_and_help(capsys: Capture) -> None:
 def test_a_wrong_call_exits_2(capsys: Capture) -> None:
     assert call("train", "embbert", "--frobnicate") == 2
     assert call("show") == 2
+    assert call("train", "embbert", "--output-dir", "") == 2
     assert capsys.readouterr().out == ""
 
 

@@ -77,6 +77,39 @@ def test_a_field_that_cannot_act_or_is_out_of_range_is_an_error(tmp_path, model,
     assert message in problems(tmp_path, f"model: {{{model}}}\n")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("training.learning_rate", ".inf", "got inf; expected a finite number"),
+        ("training.adam_epsilon", ".nan", "got nan"),
+        ("training.num_epochs", ".inf", "got inf; expected a finite number"),
+        ("training.num_epochs", "1e300", "got 1e+300; expected less than or equal to 1000000000"),
+        ("model.initializer_range", ".inf", "got inf; expected a finite number"),
+        ("training.seed", str(2**64), f"got {2**64}; expected less than or equal to {2**63 - 1}"),
+        ("training.max_samples", str(2**63), f"got {2**63}; expected less than or equal to {2**63 - 1}"),
+        ("training.dataset_batch_size", str(2**63), f"got {2**63}, expected at most {2**31 - 1}; leave the field out"),
+        ("model.hidden_size", str(2**31), f"got {2**31}, expected at most {2**31 - 1}; leave the field out"),
+        ("model.block_options.mamba.d_state", str(2**31), f"got {2**31}, expected at most {2**31 - 1}"),
+        ("model.layer_pattern[0].d_state", str(10**30), f"got {10**30}, expected at most {2**31 - 1}"),
+        ("model.layer_pattern[0].dt_max", ".inf", "got inf; expected a finite number"),
+    ],
+)
+def test_a_number_that_nothing_can_use_is_an_error(tmp_path, field, value, message):
+    assert f"{field}: {message}" in problems(tmp_path, "model: {layer_pattern: [mamba]}\n", f"{field}={value}")
+
+
+def test_seeds_and_row_limits_may_use_63_bits():
+    config = config_from_dict({"training": {"seed": 2**63 - 1, "max_samples": 2**40}}, "test")
+    assert config_from_dict(config.to_dict(), "again") == config
+
+
+@pytest.mark.parametrize("field", ["local_parquet_dir", "tokenizer", "cache_dir", "output_dir"])
+@pytest.mark.parametrize("value", ["", "  ", "a\0b"])
+def test_a_path_is_not_blank(tmp_path, field, value):
+    message = problems(tmp_path, "", f"training.{field}={json.dumps(value)}")
+    assert f"training.{field}: got {value!r}, expected a path; leave the field out for " in message
+
+
 def test_mini_always_factorises(tmp_path):
     assert load_config(write(tmp_path, "model_class: mini\n")).config.model.use_factorized_embedding
     text = "model_class: mini\nmodel: {use_factorized_embedding: false}\n"

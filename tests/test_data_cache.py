@@ -1,8 +1,9 @@
-"""The cache: made once, complete or absent, never stale, shared by processes, damage noticed."""
+"""The cache: made once, complete or absent, never stale, shared by processes, held to its checksums."""
 
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
 from pathlib import Path
@@ -72,20 +73,73 @@ def test_other_data_settings_or_tokenizer_never_meet_it(folder: Path) -> None:
     assert documents(build(folder)) == documents(build(folder, stream_local_parquet=True, prefer_local_cache=False))
 
 
-def test_a_damaged_cache_is_rebuilt_and_bad_ids_are_an_error(folder: Path) -> None:
+def reverse(path: Path) -> None:
+    """Put the bytes of a file in the opposite order; the size stays."""
+    path.write_bytes(path.read_bytes()[::-1])
+
+
+@pytest.mark.parametrize("name", ["shard-00000.tokens", "shard-00000.offsets", "shard-00000.counts", "counts"])
+def test_a_changed_file_of_the_same_size_is_named_and_the_cache_rebuilt(folder: Path, name: str) -> None:
     good = documents(build(folder))
-    tokens = caches(folder)[0] / "shard-00000.tokens"
-    tokens.write_bytes(tokens.read_bytes()[:-2])
+    content = (caches(folder)[0] / name).read_bytes()
+    reverse(caches(folder)[0] / name)
     lines: list[str] = []
-    assert documents(build(folder, lines)) == good and any("not complete, rebuilt" in line for line in lines)
-    content = np.fromfile(tokens, np.uint16)
-    content[:] = 9000
-    content.tofile(tokens)
-    with pytest.raises(DataError, match=r"holds id 9000, expected ids below 8192: the cache is damaged; delete"):
-        build(folder)
+    assert documents(build(folder, lines)) == good
+    [told] = [line for line in lines if "rebuilt" in line]
+    assert told.startswith(f"warning: cache {caches(folder)[0]}: {name} has CRC-32 ")
+    assert (caches(folder)[0] / name).read_bytes() == content
     lines.clear()
-    assert documents(build(folder, lines, prefer_local_cache=False)) == good
-    assert any("rebuilt as asked" in line for line in lines)
+    build(folder, lines)
+    assert not any("rebuilt" in line for line in lines)
+
+
+def test_a_file_cut_short_missing_or_a_damaged_manifest_is_rebuilt_too(folder: Path) -> None:
+    good = documents(build(folder))
+    tokens, manifest = (caches(folder)[0] / name for name in ("shard-00000.tokens", "manifest.json"))
+    size = tokens.stat().st_size
+    for change, said in (
+        (lambda: tokens.write_bytes(tokens.read_bytes()[:-2]), f"has {size - 2} bytes, expected {size}; rebuilt"),
+        (tokens.unlink, "shard-00000.tokens cannot be read (No such file or directory); rebuilt"),
+        (lambda: manifest.write_bytes(manifest.read_bytes()[:-2]), "manifest.json is damaged; rebuilt"),
+        (manifest.unlink, "not complete; rebuilt"),
+    ):
+        change()
+        lines: list[str] = []
+        assert documents(build(folder, lines)) == good and any(said in line for line in lines), lines
+
+
+def test_streaming_does_without_a_changed_cache_and_says_so(folder: Path) -> None:
+    good = documents(build(folder))
+    reverse(caches(folder)[0] / "shard-00000.tokens")
+    lines: list[str] = []
+    data = build(folder, lines, stream_local_parquet=True)
+    assert not isinstance(data.store, TokenStore) and documents(data) == good
+    assert any("has CRC-32" in line and line.endswith("; not used") for line in lines)
+
+
+def test_ids_that_go_bad_while_it_is_open_are_an_error(folder: Path) -> None:
+    data = build(folder)
+    content = np.memmap(caches(folder)[0] / "shard-00000.tokens", np.uint16, "r+")
+    content[:] = 9000
+    with pytest.raises(DataError, match=r"holds id 9000, expected ids below 8192: the cache is damaged; delete"):
+        documents(data)
+
+
+def test_a_job_of_many_processes_rebuilds_it_once(folder: Path) -> None:
+    good = documents(build(folder))
+
+    def rebuilt(job: str) -> list[bool]:
+        told: list[list[str]] = [[], []]
+        for lines in told:
+            data = build_data(settings(folder, prefer_local_cache=False), 8192, lines.append, job)
+            assert documents(data) == good
+        return [any("rebuilt as asked" in line for line in lines) for lines in told]
+
+    assert rebuilt("first") == [True, False]
+    assert rebuilt("second") == [True, False]
+    assert rebuilt("") == [True, True], "processes that nothing joins"
+    reverse(caches(folder)[0] / "counts")
+    assert rebuilt("third") == [True, False]
 
 
 def test_an_interrupted_build_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,10 +157,13 @@ def test_an_interrupted_build_goes_on_where_it_stopped(folder: Path, monkeypatch
     monkeypatch.setattr(cache.Encoder, "encode", stopping)
     with pytest.raises(KeyboardInterrupt):
         build(folder)
-    assert not caches(folder) and list((folder / "cache").glob("*.partial"))
+    [partial] = (folder / "cache").glob("*.partial")
+    assert not caches(folder) and len(list(partial.glob("shard-*.json"))) == 2
+    reverse(partial / "shard-00001.tokens")
+    whole_units = json.loads((partial / "shard-00000.json").read_bytes())["units"][1]
     lines: list[str] = []
     resumed = build(folder, lines)
-    assert any("going on after" in line for line in lines)
+    assert any(f"going on after {whole_units} of" in line for line in lines), lines
     assert len(resumed.store.manifest["shards"]) > 2 and not list((folder / "cache").glob("*.partial"))
     assert documents(resumed) == documents(whole) and resumed.stats == whole.stats
     assert np.array_equal(resumed.store.counts, whole.store.counts)

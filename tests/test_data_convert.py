@@ -31,6 +31,15 @@ def test_documents_of_text_files_end_at_blank_lines(tmp_path: Path) -> None:
     assert (result.rows, result.files, result.skipped) == (4, 2, {})
 
 
+def test_linked_folders_are_read_too(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/a.txt").write_text("uno")
+    (tmp_path / "texts/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "texts/linked/round").symlink_to(tmp_path / "texts")
+    assert convert_to_parquet([tmp_path / "texts"], tmp_path / "out.parquet").files == 1
+
+
 def test_json_lines_and_their_bad_lines(tmp_path: Path) -> None:
     lines = [
         json.dumps({"text": "uno", "id": 1}).encode(),

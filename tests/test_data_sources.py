@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_files import build, flip, make_texts, write
 
+from ultrazoo.config.paths import absolute
 from ultrazoo.data.reading import RowReader
 from ultrazoo.data.sources import ParquetSource, Span, open_source
 from ultrazoo.errors import DataError
@@ -33,6 +36,76 @@ def test_a_file_a_folder_and_a_glob_are_read_in_order_of_name(tmp_path: Path) ->
     assert read_all(open_source(str(tmp_path / "b/*.parquet")))[0] == texts[10:]
     assert read_all(open_source(str(tmp_path / "a.parquet")))[0] == texts[:10]
     assert [file.name for file in open_source(str(tmp_path)).files] == ["a.parquet", "b/1.parquet", "b/2.parquet"]
+
+
+def test_linked_folders_are_entered_once_and_change_no_name_of_a_tree_without_them(tmp_path: Path) -> None:
+    texts, data = make_texts(30), tmp_path / "data"
+    write(tmp_path / "elsewhere/deep/2.parquet", texts[20:])
+    write(data / "b/1.parquet", texts[10:20])
+    write(tmp_path / "a.parquet", texts[:10])
+    before = open_source(str(data))
+    (data / "again").symlink_to(data / "b")
+    (data / "b/round").symlink_to(data)
+    assert open_source(str(data)).fingerprint == before.fingerprint
+    (data / "c").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(data)
+    (data / "a.parquet").symlink_to(tmp_path / "a.parquet")
+    source = open_source(str(data))
+    assert [file.name for file in source.files] == ["a.parquet", "b/1.parquet", "c/deep/2.parquet"]
+    assert read_all(source)[0] == texts
+
+
+@pytest.mark.parametrize(
+    "location", ["data", "data/a.parquet", "data/*.parquet", "*/a.parquet", "**/*.parquet", "../run[[]1]/da*/*"]
+)
+def test_a_relative_location_and_its_absolute_form_are_the_same_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str
+) -> None:
+    write(tmp_path / "run[1]/data/a.parquet", make_texts(10))
+    monkeypatch.chdir(tmp_path / "run[1]")
+    relative, whole = open_source(location), absolute(location)
+    monkeypatch.chdir("/")
+    assert open_source(whole).fingerprint == relative.fingerprint
+
+
+def test_a_location_that_no_system_has_is_an_error() -> None:
+    for location in ("x" * 300, "~" + "x" * 30 + "/data"):
+        with pytest.raises(DataError, match=r"training\.local_parquet_dir: .*cannot be looked up"):
+            open_source(location)
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.parquet", ["x"])
+    write(tmp_path / "shut/b.parquet", ["y"])
+    scandir = os.scandir
+
+    def guarded(place: str) -> Any:
+        if str(place).endswith("shut"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(DataError, match=r"shut: the folder cannot be read \(Permission denied\)"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("where", ["", "*.parquet"])
+def test_a_link_that_leads_nowhere_is_a_damaged_file(tmp_path: Path, where: str) -> None:
+    data = tmp_path / "data"
+    write(data / "a.parquet", make_texts(60))
+    (data / "b.parquet").symlink_to(tmp_path / "gone.parquet")
+    (data / "c.parquet").symlink_to(data / "c.parquet")
+    location = str(data / where) if where else str(data)
+    with pytest.raises(DataError, match=r"b\.parquet: a link to \S*gone\.parquet, which is not there; expected a Parq"):
+        open_source(location, on_bad_data="error")
+    lines: list[str] = []
+    loaded = build(tmp_path, lines, local_parquet_dir=location)
+    assert list(loaded.stats["damaged_files"]) == ["b.parquet", "c.parquet"]
+    assert any("b.parquet: a link to" in line and "skipped" in line for line in lines)
+    assert loaded.left_out == "2 files"
+    before = loaded.fingerprint
+    write(tmp_path / "gone.parquet", make_texts(10))
+    assert open_source(location).fingerprint != before, "put right, it is other data"
 
 
 def test_the_embedded_corpus_is_there_and_whole() -> None:

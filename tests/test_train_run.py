@@ -6,9 +6,11 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from ultrazoo.config import Config, config_from_dict
+from ultrazoo.config import Config, config_from_dict, load_config
 from ultrazoo.errors import CheckpointError, ConfigError
 from ultrazoo.train import train
 from ultrazoo.train.checkpoint import verify_checkpoint
 from ultrazoo.train.durable import sha256
 from ultrazoo.train.folder import RunFolder
 from ultrazoo.train.inspection import RunReport, inspect_path
+from ultrazoo.train.team import Team
 
 TIMED = {"seconds", "tokens_per_second", "data_wait_share", "memory_bytes"}
 
@@ -136,6 +139,73 @@ def test_packages_are_asked_for_before_the_data(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ConfigError, match="galore-torch is not installed"):
         train(config, run_dir=tmp_path / "run", console=quiet())
     assert not (tmp_path / "run").exists()
+
+
+class _Two(Team):
+    """Does the work of two processes that come one after the other."""
+
+    def in_turn(self, work):  # type: ignore[no-untyped-def]
+        work()
+        return work()
+
+
+def test_of_many_processes_one_makes_the_cache_anew(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ultrazoo.train.run.joined", lambda training: nullcontext((_Two(), training)))
+    config, console = (
+        make_config(text, max_steps=1, cache_dir=str(tmp_path / "cache"), prefer_local_cache=False),
+        quiet(),
+    )
+    for name in ("first", "second"):
+        train(config, run_dir=tmp_path / name, console=console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert (said.count("tokenised 400 rows"), said.count("rebuilt as asked")) == (2, 1)
+
+
+def test_relative_paths_mean_what_they_meant_where_the_run_began(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, elsewhere = tmp_path / "run[1]", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (work / "data").mkdir(parents=True)
+    shutil.copy(text / "rows.parquet", work / "data")
+    train(make_config(text, max_steps=1), run_dir=tmp_path / "first", console=quiet())
+    shutil.copy(tmp_path / "first/tokenizer.json", work)
+    relative = {"cache_dir": "cache", "tokenizer": "tokenizer.json", "output_dir": "out"}
+    for number, location in enumerate(("data", "./data/", "data/*.parquet", "data/rows.parquet")):
+        monkeypatch.chdir(work)
+        run, console = Path(f"out{number}"), quiet()
+        config = make_config(text, local_parquet_dir=location, max_steps=4, **relative)
+        train(config, run_dir=run, console=console)
+        kept = load_config(run / "config.yaml").config
+        assert kept == load_config(run / "checkpoints/step-000004/config.yaml").config
+        assert kept.training.cache_dir == str(work / "cache") and kept.training.output_dir == str(work / "out")
+        assert train(config, run_dir=run, resume="auto", console=console)["steps"] == 4, "from the same folder"
+        monkeypatch.chdir(elsewhere)
+        longer = load_config(work / run / "config.yaml", ["training.max_steps=8"]).config
+        assert train(longer, run_dir=work / run, resume="auto", console=console)["steps"] == 8
+        changes = [line for line in console.file.getvalue().splitlines() if "changed since" in line]  # type: ignore[attr-defined]
+        assert len(changes) == 1 and "training.max_steps: checkpoint 4, this run 8" in changes[0]
+    assert not list(elsewhere.iterdir())
+
+
+def test_relative_paths_in_the_checkpoints_of_earlier_versions_are_no_change(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(text)
+    (text / "other").mkdir()
+    shutil.copy(text / "rows.parquet", text / "other")
+    paths = {"local_parquet_dir": "rows.parquet", "cache_dir": "./cache"}
+    with monkeypatch.context() as earlier:
+        earlier.setattr("ultrazoo.train.run.anchored", lambda training: training)
+        train(make_config(text, **paths, max_steps=4), run_dir=tmp_path, console=quiet())
+    assert "local_parquet_dir: rows.parquet" in (tmp_path / "config.yaml").read_text()
+    for change, told in (({}, 0), ({"local_parquet_dir": "other/rows.parquet"}, 1)):
+        console = quiet()
+        train(make_config(text, **paths | change, max_steps=4), run_dir=tmp_path, resume="auto", console=console)
+        said = console.file.getvalue()  # type: ignore[attr-defined]
+        assert said.count("changed since") == said.count("training.local_parquet_dir: checkpoint") == told
 
 
 def test_a_run_branches_into_another_folder_with_its_metrics(text: Path, tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ SMALL = {
 SMALL |= {"factorized_embedding_dim": 8, "num_loops": 1, "max_position_embeddings": 64}
 VALUES: list[Any] = [
     0, 1, -1, 2, 3, 4, 7, 8, 12, 16, 64, 0.0, 0.5, 1.0, 1.5, -0.1, 1e-9, 1e300, 10**12, 10**400,
-    float("nan"), float("inf"),
+    2**31 - 1, 2**31, 2**63 - 1, 2**63, 2**64, -(2**63) - 1,
+    float("nan"), float("inf"), float("-inf"),
     True, False, None, "", "auto", "x" * 300, "none", "[MASK]", "\u0000", "1e-4", [], {}, [1],
     ["retnet"], ["mamba", "ode"],
     ["standard_attn"], ["titan_attn", "titan_attn"], {"a": 1}, [[]], {"retnet": {}}, {"mamba": {"state_size": 4}},
@@ -87,6 +88,20 @@ def scrambled(text: str, chance: random.Random) -> str:
     return "\n".join(lines) + "\n"
 
 
+def plan(training: Any) -> None:
+    """Compute what a run derives from the training section before its first step."""
+    import numpy as np
+
+    from ultrazoo.data.plan import Plan
+    from ultrazoo.train.runtime import seed_everything
+    from ultrazoo.train.schedule import make_plan
+
+    seed_everything(training.seed)
+    make_plan(training, 1000).learning_rate(0, 0.0, 0.0)
+    rows = np.array([1000, 1, 300])
+    Plan(rows, training.dataset_batch_size, training.seed, training.shuffle, training.stream_local_parquet).epoch(0)
+
+
 def rehearse(config: Any, built: dict[str, bool]) -> str:
     """Build the model of a valid config and train it on one row, as ``--dry-run`` does; say what became of it."""
     import torch
@@ -94,6 +109,7 @@ def rehearse(config: Any, built: dict[str, bool]) -> str:
     from ultrazoo.errors import UltrazooError
     from ultrazoo.model import build_model
 
+    plan(config.training)
     model = config.model
     sizes = [
         model.vocab_size,
@@ -171,7 +187,7 @@ def fuzz(count: int, seed: int) -> Counter[str]:
                 check(again == config, f"written and read it is another config: {what}")
             if number % 50 == 0:
                 Path("fuzz.yaml").write_text(pyyaml.safe_dump(data))
-                load_config("fuzz.yaml", ["training.seed=" + str(chance.choice(VALUES))])
+                plan(load_config("fuzz.yaml", ["training.seed=" + str(chance.choice(VALUES))]).config.training)
             assert isinstance(config, Config)
             config.model.notices(), config.training.notices()
             found[rehearse(config, built)] += 1

@@ -172,6 +172,17 @@ def files_changed(bench: Bench, folder: Path) -> Came:
     return Came("each refused by the fingerprint; put back, the run went on, equal to the bit", "nothing")
 
 
+@fault("22b", "a shard of the token cache changed since the checkpoint, its size did not", quick=True)
+def cache_changed(bench: Bench, folder: Path) -> Came:
+    options = sets(cache_dir=str(folder / "cache"), tokenizer=str(bench.straight / "tokenizer.json"))
+    bench.train(folder, "run", *options, hook=dies_before(14)).wait().expect(-signal.SIGKILL)
+    [tokens] = (folder / "cache").glob("*/shard-00000.tokens")
+    tokens.write_bytes(tokens.read_bytes()[::-1])
+    bench.resume(folder, "run", *options).wait().expect(0, "shard-00000.tokens has CRC-32", "rebuilt")
+    bench.expect_straight(folder / "run")
+    return Came("told by the checksum of its manifest, built again; equal to the bit", "nothing")
+
+
 def visit(bench: Bench, out: Path, state: Path | None, stop: int, **changes: Any) -> None:
     """Draw batches from a saved position on, and write down the rows they are made of and the position."""
     from ultrazoo.config import load_config

@@ -27,7 +27,9 @@ def train(
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Begin a new run with the weights of --resume PATH and nothing else.")
     ] = False,
-    output_dir: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/NAME")] = None,
+    output_dir: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Run folder.", show_default="runs/NAME")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = None,
     kernels: Annotated[str | None, typer.Option(help="auto, compiled or reference.")] = None,
     print_config: Annotated[
@@ -53,7 +55,7 @@ def train(
     if profile_steps and not profile:
         raise typer.BadParameter("--profile-steps acts with --profile only")
     named = {"output_dir": output_dir, "device": device, "kernels": kernels}
-    given = [f"training.{name}={json.dumps(str(value))}" for name, value in named.items() if value is not None]
+    given = [f"training.{name}={json.dumps(value)}" for name, value in named.items() if value is not None]
     loaded = load_config(config, [*(overrides or []), *given])
     for notice in loaded.notices:
         say(f"note: {notice}")
@@ -148,7 +150,7 @@ def _rehearse(config: Config, run_dir: Path) -> None:
     """Build the model, run one full row forwards and backwards on the CPU, and print what was built."""
     import torch
 
-    from ultrazoo.data.sources import find_files
+    from ultrazoo.data.finding import find_files
     from ultrazoo.errors import NonFiniteError
     from ultrazoo.model import build_model, parameter_table
     from ultrazoo.train.memory import memory_told

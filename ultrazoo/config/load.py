@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ultrazoo.config import needs
 from ultrazoo.config.model import ModelConfig
@@ -16,13 +16,14 @@ from ultrazoo.config.problems import ProblemsError, problems_of
 from ultrazoo.config.training import TrainingConfig
 from ultrazoo.config.yaml import dump_yaml, parse_yaml
 from ultrazoo.errors import ConfigError, did_you_mean
+from ultrazoo.options import Options
 from ultrazoo.registry import registry
 
 
-class Config(BaseModel):
+class Config(Options):
     """A whole configuration file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(protected_namespaces=())
 
     model_class: Literal["frankenstein", "mini"] = Field(
         "frankenstein", description="mini: factorised embeddings always; frankenstein: as the model section says."

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ultrazoo.config.layers import BlockUse, Layer
 from ultrazoo.config.problems import ProblemsError, problems_of
 from ultrazoo.errors import ConfigError, PluginError, UnknownNameError, did_you_mean
+from ultrazoo.options import Options
 from ultrazoo.registry import registry
 from ultrazoo.spec import BlockSpec
 
@@ -27,10 +28,8 @@ READ_BY_SOME = ("num_heads", "retention_heads", "ode_solver", "ode_steps", "ffn_
 """Fields that act only where a block in use reads them."""
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(Options):
     """Shape and parts of an encoder."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     vocab_size: int = Field(50000, ge=6, description="Entries of the vocabulary, special tokens included.")
     hidden_size: int = Field(768, ge=1, description="Model width D.")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from ultrazoo.config.paths import PATHS, require_path
 from ultrazoo.config.problems import ProblemsError
+from ultrazoo.options import Options
 
 SWITCHED = {
     "galore_rank": "use_galore",
@@ -18,10 +20,8 @@ SWITCHED = {
 """Fields that act only when a switch is on."""
 
 
-class TrainingConfig(BaseModel):
+class TrainingConfig(Options):
     """One pretraining run: masked language modelling from Parquet."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     # data
     local_parquet_dir: str | None = Field(None, description="Parquet file, folder or glob; unset: the embedded corpus.")
@@ -34,7 +34,7 @@ class TrainingConfig(BaseModel):
         None, description="Path of a tokenizer.json; unset: trained from the data, then cached."
     )
     max_length: int = Field(128, ge=8, description="Tokens per row.")
-    max_samples: int | None = Field(None, ge=1, description="Most Parquet rows to use.")
+    max_samples: int | None = Field(None, ge=1, le=2**63 - 1, description="Most Parquet rows to use.")
     mlm_probability: float = Field(0.15, gt=0, lt=1, description="Share of tokens to predict.")
     whole_word_masking: bool = Field(False, description="Mask whole words.")
     pack_sequences: bool = Field(True, description="Several documents per row, kept apart by segments.")
@@ -52,10 +52,10 @@ class TrainingConfig(BaseModel):
     # steps
     batch_size: int = Field(32, ge=1, description="Rows per micro-batch, of all processes together.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per optimiser step.")
-    num_epochs: float = Field(1.0, gt=0, description="Passes over the data, when neither limit below is set.")
+    num_epochs: float = Field(1.0, gt=0, le=1e9, description="Passes over the data, when neither limit below is set.")
     max_steps: int | None = Field(None, ge=1, description="Optimiser steps.")
     max_minutes: float | None = Field(None, gt=0, description="Minutes of training; the schedule follows the clock.")
-    seed: int = Field(0, ge=0, description="Seed of weights, order, masks and dropout.")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of weights, order, masks and dropout.")
 
     # optimisation
     optimizer: Literal["adamw"] = Field("adamw", description="Optimiser.")
@@ -114,6 +114,11 @@ class TrainingConfig(BaseModel):
     log_gradient_stats: bool = Field(False, description="Record gradient, update and module statistics per block.")
     gradient_log_interval: int = Field(10, ge=1, description="Steps between those records.")
     report_to: tuple[Literal["tensorboard"], ...] = Field((), description="Further trackers.")
+
+    @field_validator(*PATHS)
+    @classmethod
+    def _no_blank_path(cls, path: str | None, info: ValidationInfo) -> str | None:
+        return require_path(str(info.field_name), path)
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ultrazoo.data.cache import build_cache, cache_folder, default_cache_dir, is_complete
+from ultrazoo.data.cache import build_cache, cache_folder, default_cache_dir, defect_of
 from ultrazoo.data.module import DataModule
 from ultrazoo.data.reading import reasons
 from ultrazoo.data.sources import ParquetSource, open_source
@@ -19,13 +19,17 @@ if TYPE_CHECKING:
     from ultrazoo.config import TrainingConfig
 
 
-def build_data(training: TrainingConfig, model_vocab_size: int, console: Callable[[str], None]) -> DataModule:
+def build_data(
+    training: TrainingConfig, model_vocab_size: int, console: Callable[[str], None], job: str = ""
+) -> DataModule:
     """Find the data, its tokenizer and its tokens, or make the latter two.
 
     Args:
         training: The config's training section.
         model_vocab_size: Entries of the model's embedding.
         console: Takes lines about what is done, how far it is and what was skipped.
+        job: A name that all processes of a run share: a cache that ``prefer_local_cache: false`` makes anew is made by
+            the first of them on each file system, and used by the others.
 
     Raises:
         DataError: Data that is missing, damaged or without a usable row, or a cache that cannot be written.
@@ -43,7 +47,7 @@ def build_data(training: TrainingConfig, model_vocab_size: int, console: Callabl
         threads=training.num_workers,
         console=console,
     )
-    store = _store(training, source, vocabulary, cache_dir, console)
+    store = _store(training, source, vocabulary, cache_dir, console, job)
     data = DataModule(source, vocabulary, store, training, console)
     stats = data.stats
     seen = f", {stats['tokens']:,} tokens" if isinstance(store, TokenStore) else ", tokenised while training"
@@ -62,13 +66,19 @@ def _store(
     vocabulary: Vocabulary,
     cache_dir: Path,
     console: Callable[[str], None],
+    job: str,
 ) -> Store:
     split = Split(source, training.validation_fraction)
     folder = cache_folder(cache_dir, source, vocabulary)
-    if training.stream_local_parquet and not (training.prefer_local_cache and is_complete(folder)):
-        threads = max(1, training.num_workers // max(1, training.dataloader_workers))
-        return TextStore(source, vocabulary, split, threads)
-    if not training.stream_local_parquet:
+    if training.stream_local_parquet:
+        wanted = training.prefer_local_cache and folder.exists()
+        defect = defect_of(folder) if wanted else None
+        if defect is not None:
+            console(f"warning: cache {folder}: {defect}; not used")
+        if not wanted or defect is not None:
+            threads = max(1, training.num_workers // max(1, training.dataloader_workers))
+            return TextStore(source, vocabulary, split, threads)
+    else:
         build_cache(
             folder,
             source,
@@ -77,6 +87,7 @@ def _store(
             threads=training.num_workers,
             rebuild=not training.prefer_local_cache,
             console=console,
+            job=job,
         )
     store = TokenStore(folder, source, vocabulary, split)
     if training.on_bad_data == "error" and store.manifest["skipped"]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from ultrazoo.data.encoding import Encoder
-from ultrazoo.data.files import cache_errors, locked, write_atomically
+from ultrazoo.data.files import SummedFile, cache_errors, first_changed, locked, write_atomically
 from ultrazoo.data.progress import Progress
 from ultrazoo.data.reading import RowReader
 from ultrazoo.data.sources import ParquetSource, Span
 from ultrazoo.data.tokenizer import Vocabulary
 
-FORMAT = 1
+FORMAT = 2
 SHARD_TOKENS = 64 << 20
 
 
@@ -36,15 +37,23 @@ def cache_folder(cache_dir: Path, source: ParquetSource, vocabulary: Vocabulary)
     return cache_dir / hashlib.sha256(facts.encode()).hexdigest()[:24]
 
 
-def is_complete(folder: Path) -> bool:
-    """Return whether a cache is there with every file at its recorded size."""
+def defect_of(folder: Path) -> str | None:
+    """Return why a cache cannot be used, None where it can; every byte of its files is read and summed."""
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
-        return manifest["format"] == FORMAT and all(
-            (folder / name).stat().st_size == size for name, size in manifest["sizes"].items()
-        )
-    except (OSError, ValueError, KeyError):
-        return False
+        return first_changed(folder, manifest["files"])
+    except OSError:
+        return "not complete"
+    except (ValueError, KeyError, TypeError):
+        return "manifest.json is damaged"
+
+
+def _job_of(folder: Path) -> str | None:
+    """Return the job that a cache was made for; None where it is not known."""
+    try:
+        return json.loads((folder / "manifest.json").read_bytes())["job"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def build_cache(
@@ -56,6 +65,7 @@ def build_cache(
     threads: int,
     rebuild: bool,
     console: Callable[[str], None],
+    job: str = "",
 ) -> None:
     """Tokenise a source into ``folder``, unless it is there already; go on where a run that was cut short stopped.
 
@@ -67,17 +77,20 @@ def build_cache(
         vocabulary: With which tokenizer.
         rows_at_once: Rows that are read and tokenised in one go.
         threads: Threads that tokenise.
-        rebuild: Make a new one though there is one.
+        rebuild: Make a new one though there is one, unless that was made for this very job.
         console: Takes lines of progress.
+        job: Names the processes that train together, of which the first makes the cache for all; empty: this one.
 
     Raises:
         DataError: The data cannot be read, or the cache not written.
     """
     with locked(folder.with_suffix(".lock"), console):
-        if is_complete(folder) and not rebuild:
+        asked = rebuild and not (job and _job_of(folder) == job)
+        defect = None if asked else defect_of(folder)
+        if not asked and defect is None:
             return
         if folder.exists():
-            console(f"cache {folder.name}: {'rebuilt as asked' if rebuild else 'not complete, rebuilt'}")
+            console(f"cache {folder}: rebuilt as asked" if asked else f"warning: cache {folder}: {defect}; rebuilt")
         aside = folder.with_suffix(".partial")
         with cache_errors(folder):
             aside.mkdir(parents=True, exist_ok=True)
@@ -90,7 +103,7 @@ def build_cache(
             while done < len(source.units):
                 shards.append(writer.write(len(shards), done))
                 done = shards[-1]["units"][1]
-            manifest = _publish(aside, folder, shards, writer)
+            manifest = _publish(aside, folder, shards, writer, job)
         skipped = sum(manifest["skipped"].values())
         console(
             f"tokenised {source.num_rows - skipped:,} rows ({manifest['bytes'] / 1e6:.1f} MB) into "
@@ -104,9 +117,9 @@ def _finished(aside: Path) -> list[dict[str, Any]]:
     while True:
         try:
             record = json.loads((aside / f"shard-{len(records):05d}.json").read_bytes())
-            if any((aside / name).stat().st_size != size for name, size in record["sizes"].items()):
+            if first_changed(aside, record["files"]) is not None:
                 return records
-        except (OSError, ValueError):
+        except (OSError, ValueError, KeyError):
             return records
         records.append(record)
 
@@ -137,7 +150,6 @@ class _ShardWriter:
             for name in names.values():
                 (self.folder / name).unlink(missing_ok=True)
             raise
-        record["sizes"] = {name: (self.folder / name).stat().st_size for name in names.values()}
         write_atomically(self.folder / f"{stem}.json", json.dumps(record).encode())
         return record
 
@@ -147,7 +159,8 @@ class _ShardWriter:
         damage: dict[str, str] = {}
         total = size = 0
         unit = first
-        with (self.folder / names["tokens"]).open("wb") as file, (self.folder / names["offsets"]).open("wb") as edges:
+        written = {name: SummedFile(self.folder / name) for name in names.values()}
+        with written[names["tokens"]] as file, written[names["offsets"]] as edges, written[names["counts"]] as tallies:
             edges.write(np.zeros(1, np.int64).tobytes())
             while unit < len(self.source.units) and total < SHARD_TOKENS:
                 for span in self._spans(unit):
@@ -163,13 +176,10 @@ class _ShardWriter:
                     total, size = total + len(ids), size + added
                     self.progress.add(len(texts), added)
                 unit += 1
-            _flush(file)
-            _flush(edges)
-        with (self.folder / names["counts"]).open("wb") as file:
-            file.write(counts.tobytes())
-            _flush(file)
+            tallies.write(counts.tobytes())
         facts = {"num_tokens": total, "bytes": size, "skipped": dict(skipped), "damage": damage}
-        return {**names, "units": [first, unit], **facts}
+        files = {name: file.sums for name, file in written.items()}
+        return {**names, "units": [first, unit], **facts, "files": files}
 
     def _spans(self, unit: int) -> Iterator[Span]:
         rows = self.source.units[unit].rows
@@ -181,12 +191,7 @@ class _ShardWriter:
         return self.encoder.dtype.name
 
 
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _publish(aside: Path, folder: Path, shards: list[dict[str, Any]], writer: _ShardWriter) -> dict[str, Any]:
+def _publish(aside: Path, folder: Path, shards: list[dict[str, Any]], writer: _ShardWriter, job: str) -> dict[str, Any]:
     """Write the manifest and put the folder in place of an older one."""
     counts = np.zeros(writer.vocabulary, np.int64)
     skipped: Counter[str] = Counter()
@@ -195,9 +200,11 @@ def _publish(aside: Path, folder: Path, shards: list[dict[str, Any]], writer: _S
         counts += np.fromfile(aside / shard["counts"], np.int64)
         skipped.update(shard["skipped"])
         damage |= shard.get("damage", {})
-    write_atomically(aside / "counts", counts.tobytes())
+    content = counts.tobytes()
+    write_atomically(aside / "counts", content)
     manifest = {
         "format": FORMAT,
+        "job": job,
         "dtype": writer.dtype,
         "rows": writer.source.num_rows,
         "tokens": sum(shard["num_tokens"] for shard in shards),
@@ -205,7 +212,8 @@ def _publish(aside: Path, folder: Path, shards: list[dict[str, Any]], writer: _S
         "skipped": dict(sorted(skipped.items())),
         "damage": damage,
         "shards": shards,
-        "sizes": {name: size for shard in shards for name, size in shard["sizes"].items()} | {"counts": counts.nbytes},
+        "files": {name: sums for shard in shards for name, sums in shard["files"].items()}
+        | {"counts": [len(content), zlib.crc32(content)]},
     }
     write_atomically(aside / "manifest.json", json.dumps(manifest).encode())
     if folder.exists():

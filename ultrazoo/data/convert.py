@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ultrazoo.data.finding import files_below
 from ultrazoo.data.progress import Progress
 from ultrazoo.data.reading import clean, reasons
 from ultrazoo.errors import DataError, did_you_mean
@@ -102,7 +103,7 @@ def _find(inputs: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            files += sorted(item for item in path.rglob("*") if item.suffix.lower() in TEXT_SUFFIXES + JSON_SUFFIXES)
+            files += [item for item in files_below(path) if item.suffix.lower() in TEXT_SUFFIXES + JSON_SUFFIXES]
         elif not path.is_file():
             raise DataError(f"{path}: no such file; expected .txt or .jsonl files, or folders that hold some")
         elif path.suffix.lower() in TEXT_SUFFIXES + JSON_SUFFIXES:

@@ -1,15 +1,19 @@
-"""Whole-or-nothing files and a lock between processes."""
+"""Whole-or-nothing files, checksums, and a lock between processes."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 
 from ultrazoo.errors import DataError
+
+READ_BYTES = 1 << 20
 
 
 @contextmanager
@@ -68,3 +72,68 @@ def write_atomically(path: Path, content: bytes) -> None:
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
+
+
+class SummedFile:
+    """A file written from beginning to end and then flushed to the disk, with the size and CRC-32 of what went in.
+
+    Args:
+        path: The file; one that is there is written anew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._size = self._crc = 0
+
+    def __enter__(self) -> SummedFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            if error is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    def write(self, content: bytes) -> None:
+        """Add bytes at the end."""
+        self._file.write(content)
+        self._size, self._crc = self._size + len(content), zlib.crc32(content, self._crc)
+
+    @property
+    def sums(self) -> list[int]:
+        """Size in bytes and CRC-32 of what was written so far."""
+        return [self._size, self._crc]
+
+
+def sums_of(path: Path) -> list[int]:
+    """Return size in bytes and CRC-32 of a file; all of it is read.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    size = crc = 0
+    with path.open("rb") as file:
+        while block := file.read(READ_BYTES):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]
+
+
+def first_changed(folder: Path, files: dict[str, list[int]]) -> str | None:
+    """Return what is wrong with the first file of a folder that is not as it was written; None if all are.
+
+    Args:
+        folder: Where they are.
+        files: Name -> size in bytes and CRC-32.
+    """
+    for name, (size, crc) in files.items():
+        try:
+            there = (folder / name).stat().st_size
+            if there != size:
+                return f"{name} has {there} bytes, expected {size}"
+            if (found := sums_of(folder / name)[1]) != crc:
+                return f"{name} has CRC-32 {found:08x}, expected {crc:08x}"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None

@@ -1,8 +1,7 @@
-"""Finds Parquet files and checks them at the start: footers and the text column, no text."""
+"""Checks Parquet files at the start: footers and the text column, no text."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 from collections.abc import Iterator
@@ -17,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from ultrazoo.data.finding import CORPUS, find_files
 from ultrazoo.errors import DataError, did_you_mean
 
-CORPUS = Path(__file__).resolve().with_name("corpus")
 WHOLE_DIGEST_BYTES = 64 << 20
 SAMPLED_PIECES, SAMPLED_BYTES = 64, 64 << 10
 READ_BUFFER = 1 << 20
@@ -142,7 +141,8 @@ def open_source(
             if on_bad_data == "error":
                 raise
             name = path.relative_to(root).as_posix()
-            damaged.append(DamagedFile(name, path.stat().st_size, _digest(path), str(error)))
+            facts = (path.stat().st_size, _digest(path)) if path.is_file() else (0, "")
+            damaged.append(DamagedFile(name, *facts, str(error)))
     if not whole:
         others = f" (and {len(damaged) - 1} more: none of the files can be read)" if len(damaged) > 1 else ""
         raise DataError(damaged[0].reason + others)
@@ -164,45 +164,6 @@ def open_source(
     if not units:
         raise DataError(f"{location or CORPUS}: {len(files)} Parquet file(s) without a single row; expected text")
     return ParquetSource(files, tuple(units), text_column, max_samples, tuple(damaged), on_bad_data)
-
-
-def find_files(location: str | None) -> tuple[list[Path], Path]:
-    """Return the Parquet files of a location in order, and the folder that their names are relative to.
-
-    Raises:
-        DataError: Nothing there, or nothing that ends in .parquet.
-    """
-    where = f"training.local_parquet_dir: {location}"
-    if location is None:
-        return sorted(CORPUS.glob("*.parquet")), CORPUS
-    path = Path(location).expanduser()
-    if path.is_file():
-        return [path], path.parent
-    if path.is_dir():
-        found = sorted(item for item in path.rglob("*.parquet") if item.is_file())
-        root = path
-        expected = "a folder with *.parquet files"
-    else:
-        found = sorted(Path(item) for item in glob.glob(str(path), recursive=True) if Path(item).is_file())  # noqa: PTH207
-        root = Path(*_fixed_parts(path))
-        expected = "a Parquet file, a folder of them or a glob such as 'texts/**/*.parquet'"
-    if not found:
-        state = "no Parquet file in it" if path.is_dir() else "no such file, folder or match"
-        raise DataError(
-            f"{where}: {state}; expected {expected}; convert .txt or .jsonl with 'ultrazoo data convert', or leave the "
-            "field out to train on the embedded corpus"
-        )
-    return found, root
-
-
-def _fixed_parts(pattern: Path) -> list[str]:
-    """The leading parts of a glob that hold no wildcard, the last part of the pattern never among them."""
-    fixed: list[str] = []
-    for part in pattern.parts[:-1]:
-        if glob.has_magic(part):
-            break
-        fixed.append(part)
-    return fixed or ["."]
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
@@ -234,6 +195,9 @@ def _columns(path: Path) -> str:
 
 
 def _describe(path: Path, root: Path, text_column: str) -> SourceFile:
+    if not path.is_file():
+        what = f"a link to {path.readlink()}, which is not there" if path.is_symlink() else "not a file"
+        raise DamagedError(f"{path}: {what}; expected a Parquet file; mend it, or take it out of the data")
     with (
         open_parquet(path) as parquet,
         damage_told(f"{path}: its footer cannot be read", "a complete Parquet file: copy it again"),

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from ultrazoo.data.files import locked, write_atomically
+from ultrazoo.data.finding import CORPUS
 from ultrazoo.data.progress import Progress
 from ultrazoo.data.randomness import permutation
 from ultrazoo.data.reading import RowReader
-from ultrazoo.data.sources import CORPUS, ParquetSource, Span
+from ultrazoo.data.sources import ParquetSource, Span
 from ultrazoo.errors import ConfigError
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

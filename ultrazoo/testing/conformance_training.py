@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ultrazoo.config import TrainingConfig
 from ultrazoo.data import Batch
-from ultrazoo.data.sources import CORPUS
+from ultrazoo.data.finding import CORPUS
 from ultrazoo.model import IGNORED, MaskedLM
 from ultrazoo.spec import BlockSpec
 from ultrazoo.testing.conformance_model import SPECIAL, model_of, parameters_of

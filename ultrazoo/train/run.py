@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import torch
 from rich.console import Console
 
 from ultrazoo.config import Config, TrainingConfig
+from ultrazoo.config.paths import anchored, spelled_as
 from ultrazoo.data import build_data
 from ultrazoo.data.batch import Share
 from ultrazoo.model import build_model
 from ultrazoo.train.agree import TeamGuard, TeamStore
-from ultrazoo.train.checkpoint import load_model
+from ultrazoo.train.checkpoint import load_model, read_config
 from ultrazoo.train.display import PlainDisplay, final_table, make_display
 from ultrazoo.train.folder import RunFolder
 from ultrazoo.train.galore import load_projector
@@ -76,6 +78,7 @@ def train(
         LostProcessError: Of the processes that torchrun started, one is gone or does not answer.
         FollowerError: The first of them ended, and says why.
     """
+    config = config.model_copy(update={"training": anchored(config.training)})
     with memory_told(), ExitStack() as stack:
         team, training = stack.enter_context(joined(config.training))
         console = Console(quiet=True) if not team.leads else console or Console(stderr=True)
@@ -93,14 +96,16 @@ def train(
             resume, weights_only = again, True
         weights = team.leader_says(lambda: find_weights(resume, store)) if weights_only else None
         team.leader_says(store.tidy)
-        data = team.in_turn(lambda: build_data(training, config.model.vocab_size, say))
+        job = team.leader_says(lambda: uuid.uuid4().hex)
+        data = team.in_turn(lambda: build_data(training, config.model.vocab_size, say, job))
         data.share = Share(team.rank, team.size)
         if weights is not None:
             check_weights(weights, config, tokenizer_sha256=data.tokenizer_sha256)
         changed: list[str] = []
         if start is not None:
             hashes = {"tokenizer_sha256": data.tokenizer_sha256, "data_fingerprint": data.fingerprint}
-            changed = check_match(start, config, **hashes)
+            alike = spelled_as(config.training, read_config(start).get("training", {}))
+            changed = check_match(start, config.model_copy(update={"training": alike}), **hashes)
             for note in changed:
                 say(f"resume: changed since the checkpoint: {note}")
         plan = make_plan(training, data.rows_per_epoch)

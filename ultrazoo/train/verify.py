@@ -157,7 +157,7 @@ def verify_run(run_dir: Path, *, steps: int | None = None, say: Say = lambda lin
         found.notes = _notes(state)
         team.leader_says(lambda: require_repeatable(folder, start, originals, team.size))
         parts = team.leader_says(lambda: parts_of(folder, begun, state["step"]))
-        here = {"num_threads": state["num_threads"], "report_to": (), "device": own.device}
+        here = {"num_threads": state["num_threads"], "report_to": (), "device": own.device, "prefer_local_cache": True}
         training = config.training.model_copy(update=here)
         config = config.model_copy(update={"training": training})
         device = stack.enter_context(prepared(training))
