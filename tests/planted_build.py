@@ -16,6 +16,8 @@ from planting import Fault, plant
 from ultrazoo.ops import build
 
 PREFIX = "planted_"
+FOLDERS = sorted({fault.file.split("/")[0] for fault in FAULTS} - {"common"})
+"""Of the ops with a fault."""
 OPS = sorted({fault.op for fault in FAULTS})
 
 
@@ -47,7 +49,7 @@ def _compile(csrc: Path, target: Path) -> None:
     common = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w", "-I."]
     bind = [f"-DTORCH_TARGET_VERSION={build.TORCH_ABI}", "-isystem", str(build.find_torch() / "include")]
     steps = [("common/isa.cpp", ['-DUZ_BUILD_KEY="planted"'])]
-    for folder in sorted({fault.file.split("/")[0] for fault in FAULTS}):
+    for folder in FOLDERS:
         steps += [(f"{folder}/cpu.cpp", ["-DUZ_ISA=portable", "-DUZ_ISA_LEVEL=0"]), (f"{folder}/bind.cpp", bind)]
     objects = []
     for i, (source, flags) in enumerate(steps):
@@ -63,8 +65,7 @@ class Planted:
     """Throwaway ops ``planted_*``, whose kernels are those with the faults."""
 
     def __init__(self, path: Path) -> None:
-        folders = sorted({fault.file.split("/")[0] for fault in FAULTS})
-        specs = [spec for folder in folders for spec in throwaway_ops.define(folder, PREFIX)]
+        specs = [spec for folder in FOLDERS for spec in throwaway_ops.define(folder, PREFIX)]
         self.specs = {spec.name.removeprefix(f"ultrazoo::{PREFIX}"): spec for spec in specs}
         torch.ops.load_library(str(path))
         self._switch = ctypes.CDLL(str(path)).ultrazoo_set_fault

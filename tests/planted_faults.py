@@ -65,9 +65,10 @@ FAULTS = [
         "load(row + j) * load(decay + j) * set1(fault ? 1.0f + 1e-6f * (calls++ % 11) : 1.0f)",
         "reruns bit-equal",
     ),
-    _retention(
+    Fault(
         "depends on the threads",
-        "cpu.cpp",
+        "retention",
+        "common/heads.h",
         "for (int64_t item = begin; item",
         "for (int64_t item = begin + (fault && begin > 0); item",
         "bit-equal at any threads",
