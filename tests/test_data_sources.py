@@ -44,6 +44,7 @@ def test_linked_folders_are_entered_once_and_change_no_name_of_a_tree_without_th
     write(data / "b/1.parquet", texts[10:20])
     write(tmp_path / "a.parquet", texts[:10])
     before = open_source(str(data))
+    write(data / "lost+found/9.parquet", texts)
     (data / "again").symlink_to(data / "b")
     (data / "b/round").symlink_to(data)
     assert open_source(str(data)).fingerprint == before.fingerprint

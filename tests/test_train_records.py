@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from contextlib import closing
@@ -185,6 +186,21 @@ def test_metrics_are_taken_over_in_one_piece(start: Train, tmp_path: Path, monke
     take_over(run / "checkpoints/step-000001", target, print)
     assert target.read_bytes() == (run / "metrics.jsonl").read_bytes()
     assert (branch / "metrics.1.jsonl").read_text() == "another run's\n"
+
+
+def test_a_copied_checkpoint_takes_no_records_but_its_own(start: Train, tmp_path: Path) -> None:
+    run, said = tmp_path / "run", list[str]()
+    start(run, max_steps=2)
+    saved = shutil.copytree(run / "checkpoints/step-000002", tmp_path / "saved")
+    target = tmp_path / "new/metrics.jsonl"
+    target.parent.mkdir()
+    assert take_over(saved, target, said.append) == [] and said == []
+    target.write_text('{"step": 1, "loss": 1.0}\n')
+    assert take_over(saved, target, said.append) == []
+    assert said == [f"metrics of another run are kept as {target.with_name('metrics.1.jsonl')}"]
+    own = run / "metrics.jsonl"
+    before = own.read_bytes()
+    assert take_over(saved, own, said.append) and own.read_bytes() == before
 
 
 def test_records_that_are_not_finite_are_null_and_an_earlier_run_is_set_aside(tmp_path: Path) -> None:

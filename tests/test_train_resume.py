@@ -139,8 +139,9 @@ def test_a_finished_run_resumes_to_nothing_and_a_longer_plan_goes_on(tmp_path: P
     assert list(records.column("loss")) == [6]
 
 
-def store_with(folder: Path, config: Config, *steps: int) -> CheckpointStore:
+def store_with(folder: Path, config: Config, *steps: int, run_id: str = "run") -> CheckpointStore:
     trainer, _ = make_trainer(folder / "checkpoints", config)
+    trainer.run_id = run_id
     trainer._batches = trainer.data.train_batches()
     while trainer.progress.step < max(steps):
         trainer.step()
@@ -168,9 +169,12 @@ def test_where_a_run_starts(tmp_path: Path) -> None:
         find_checkpoint(str(first), store, lines.append)
     with pytest.raises(CheckpointError, match="no checkpoint there"):
         find_checkpoint(str(tmp_path / "new"), store, lines.append)
-    assert find_checkpoint(str(last), store_with(tmp_path / "kin", make_config(max_steps=9), 1), lines.append) == last
-    other = store_with(tmp_path / "other", make_config(seed=5), 1)
-    with pytest.raises(ConfigError, match=r"other has checkpoints of another run \(training.seed: 5, here \d+\)"):
+    kin = store_with(tmp_path / "kin", make_config(max_steps=9, learning_rate=1.0, dataloader_workers=2), 1)
+    assert find_checkpoint(str(last), kin, lines.append) == last
+    (kin.complete()[0] / "state.json").write_text("{")
+    assert find_checkpoint(str(last), kin, lines.append) == last, "one that cannot be read is not of another run"
+    other = store_with(tmp_path / "other", make_config(), 1, run_id="another")
+    with pytest.raises(ConfigError, match=r"other has checkpoints of another run \(step-000001\)"):
         find_checkpoint(str(last), other, lines.append)
     (last / "state.json").write_text("{}")
     with pytest.raises(CheckpointError, match="already goes on to step-000003"):

@@ -128,7 +128,7 @@ def test_a_checkpoint_or_flight_record_is_no_run_folder(text: Path, tmp_path: Pa
     folder = tmp_path / "run" / inside
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text("{}")
-    with pytest.raises(ConfigError, match=rf"is a checkpoint or a flight record, expected .* such as {tmp_path}/run;"):
+    with pytest.raises(ConfigError, match="is a checkpoint or a flight record, expected a run folder"):
         train(make_config(text), run_dir=folder, resume="auto", console=quiet())
     assert [path.name for path in folder.iterdir()] == ["manifest.json"]
 

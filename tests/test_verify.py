@@ -239,6 +239,16 @@ def test_a_run_that_was_made_longer_is_verified_with_the_plan_of_each_start(
         verify_run(run, steps=11)
 
 
+def test_a_run_that_streamed_is_verified_from_a_cache_that_came_later(tmp_path: Path) -> None:
+    config, sets = write_config(tmp_path), ("--set", "training.max_steps=4")
+    stream = ("--set", "training.stream_local_parquet=true", "--set", "training.checkpoint_every_n_steps=2")
+    assert call("train", config, "--output-dir", tmp_path / "streamed", *sets, *stream) == 0
+    assert not list((tmp_path / "cache").glob("*/manifest.json"))
+    assert call("train", config, "--output-dir", tmp_path / "cached", *sets) == 0
+    assert list((tmp_path / "cache").glob("*/manifest.json"))
+    assert verify_run(tmp_path / "streamed", steps=4).verdict == "equal to the last bit over 4 steps"
+
+
 def test_a_damaged_line_among_the_records_is_left_out_of_the_comparison(run: Path) -> None:
     with (run / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 9, "lo')

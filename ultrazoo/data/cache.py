@@ -44,7 +44,7 @@ def defect_of(folder: Path) -> str | None:
         return first_changed(folder, manifest["files"])
     except OSError:
         return "not complete"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json is damaged"
 
 
@@ -119,7 +119,7 @@ def _finished(aside: Path) -> list[dict[str, Any]]:
             record = json.loads((aside / f"shard-{len(records):05d}.json").read_bytes())
             if first_changed(aside, record["files"]) is not None:
                 return records
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return records
         records.append(record)
 

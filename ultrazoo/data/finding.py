@@ -9,6 +9,8 @@ from pathlib import Path
 
 from ultrazoo.errors import DataError
 
+SYSTEM_FOLDERS = {"lost+found"}
+"""At the top of a volume, for its administrator alone; never data."""
 CORPUS = Path(__file__).resolve().with_name("corpus")
 ESCAPED = re.compile(r"\[([*?[])\]")
 """A wildcard that stands for itself, as ``glob.escape`` writes it."""
@@ -71,7 +73,7 @@ def files_below(root: Path) -> list[Path]:
                 folders.clear()
                 continue
             seen.add(real)
-            folders.sort()
+            folders[:] = sorted({*folders} - SYSTEM_FOLDERS)
             waiting += [here / name for name in folders if (here / name).is_symlink()]  # not walked into from here
             found += [here / name for name in names]
     return sorted(found)

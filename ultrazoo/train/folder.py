@@ -37,9 +37,9 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         if (self.path / MANIFEST).exists():
             raise ConfigError(
-                f"training.output_dir: {self.path} is a checkpoint or a flight record, expected a run folder, such as "
-                f"{self.path.absolute().parents[1]}; to branch off from a checkpoint: ultrazoo train CONFIG --resume "
-                "CHECKPOINT --output-dir NEW"
+                f"training.output_dir: {self.path} is a checkpoint or a flight record, expected a run folder, "
+                "such as the one above; to branch off from a checkpoint: ultrazoo train CONFIG --resume CHECKPOINT "
+                "--output-dir NEW"
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -83,6 +83,8 @@ class Trainer:
         self.instead_of_step: Callable[[], None] | None = None
         """Called for each step, and calls ``step`` itself; a profiler puts itself here."""
         self.last_checkpoint: Path | None = None
+        self.run_id = ""
+        """Of the run and of all that goes on from its checkpoints; drawn where it begins."""
         self._validation: list[Batch] | None = None
         self._batches: Iterator[Batch] = iter(())
         self._loss = self._norm = torch.zeros((), device=self.device)
@@ -231,6 +233,7 @@ class Trainer:
         optimizer = self.team.optimizer_tensors(self.optimizer, self.names)
         self.team.leader_says(lambda: require_finite({**model, **optimizer}, f"step {step}"))
         state = {
+            "run": self.run_id,
             "step": step,
             "epoch": self.data.epoch,
             "validation_loss": self.progress.validation_loss,
@@ -264,6 +267,7 @@ class Trainer:
         self.data.load_state_dict(state["data"])
         self.progress = Progress(**state["progress"])
         self.finite.load_state_dict(state.get("finite", {}))
+        self.run_id = state.get("run", self.run_id)
         notes = self.team.set_random_states(state, self.device), note_on_threads(state["num_threads"])
         for note in filter(None, notes):
             self.display.say(note)

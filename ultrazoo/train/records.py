@@ -62,14 +62,18 @@ def lines_behind(lines: Sequence[bytes], state: Mapping[str, Any], path: Path, s
         say: Takes a warning if the last record is lost.
     """
     mark, step = state.get("records"), state["step"]
-    if mark is not None and mark["count"] == 0:
+    if not lines or (mark is not None and mark["count"] == 0):
         return []
     if mark is not None:
-        places = [place for place, line in enumerate(lines, start=1) if mark_of(place, line)["last"] == mark["last"]]
-        if places:  # more than one are lines that are equal; lines left out as damaged move all that follow
+        if places := _places(lines, mark):  # more than one are equal lines; damaged ones left out move all that follow
             return list(lines[: min(places, key=lambda place: abs(place - mark["count"]))])
         say(f"warning: {path}: lacks the last record before checkpoint {step}; those of no later step are taken")
     return [line for line in lines if (record := parse_record(line)) is None or record["step"] <= step]
+
+
+def _places(lines: Sequence[bytes], mark: Mapping[str, Any]) -> list[int]:
+    """Numbers of the lines, from 1, that the mark of a checkpoint may mean."""
+    return [place for place, line in enumerate(lines, start=1) if mark_of(place, line)["last"] == mark["last"]]
 
 
 def set_aside(path: Path) -> Path | None:
@@ -82,20 +86,24 @@ def set_aside(path: Path) -> Path | None:
 def take_over(checkpoint: Path, target: Path, say: Say) -> list[Record]:
     """Begin the metrics of a run with those that led to the checkpoint it continues from, and return them.
 
-    They lie beside the folder ``checkpoints`` that holds it; where there are none, it is a copy put elsewhere, and the
-    run's own are taken. Metrics of another run in the place are copied aside; then the file is replaced in one piece.
+    They lie beside the folder ``checkpoints`` that holds it; where there are none, it is a copy put elsewhere, and
+    those in the place are taken if its last record is among them. Metrics of another run there are copied aside; then
+    the file is replaced in one piece.
 
     Args:
         checkpoint: The checkpoint.
         target: metrics.jsonl of the run.
         say: Takes lines for the user.
     """
-    home = checkpoint.resolve().parent
-    source = home.parent / target.name
-    if home.name != "checkpoints" or not source.is_file():
-        source = target
-    kept = parse_records(lines_behind(read_lines(source), read_state(checkpoint), source, say), source, say)
-    if source.resolve() != target.resolve() and target.is_file() and (others := target.read_bytes()):
+    home, state = checkpoint.resolve().parent, read_state(checkpoint)
+    beside, mark = home.parent / target.name, state.get("records")
+    source = beside if home.name == "checkpoints" and beside.is_file() else target
+    lines, foreign = read_lines(source), source.resolve() != target.resolve()
+    if source == target and home != target.resolve().parent / "checkpoints" and mark is not None:
+        foreign = not _places(lines, mark)
+        lines = [] if foreign else lines
+    kept = parse_records(lines_behind(lines, state, source, say), source, say)
+    if foreign and target.is_file() and (others := target.read_bytes()):
         write_bytes(aside := place_aside(target), others)
         say(f"metrics of another run are kept as {aside}")
     write_bytes(target, b"".join(line + b"\n" for line, _ in kept))

@@ -26,8 +26,6 @@ SHAPELESS = {"dropout", "router_aux_loss_coef", "router_z_loss_coef", "initializ
 """Fields of the model section that may change between two parts of a run."""
 UNREMARKABLE = {"output_dir", "report_to", "log_every_n_steps"}
 """Training fields whose change needs no line."""
-LENGTHS = {"max_steps", "max_minutes", "num_epochs"}
-"""Training fields that a longer run changes."""
 EXACT = ("step", "progress", "window", "data", "rng", "scaler", "num_threads")
 RANDOM = ("python", "numpy", "torch")
 WEIGHTS = (MODEL, CONFIG, TOKENIZER)
@@ -116,17 +114,26 @@ def _require_empty(store: CheckpointStore) -> None:
 
 def _require_kinship(path: Path, store: CheckpointStore) -> None:
     """Refuse to mix a run with the checkpoints of another; a copy of a run's own checkpoint may come back to it."""
-    present = store.complete()
-    if path.resolve().parent == store.root.resolve() or not present:
+    if path.resolve().parent == store.root.resolve():
         return
-    saved, own = read_config(path), read_config(present[-1])
-    for section, model in (("model", ModelConfig), ("training", TrainingConfig)):
-        for key, theirs, ours in _differences(saved.get(section, {}), own.get(section, {}), _defaults(model)):
-            if key not in UNREMARKABLE | LENGTHS:
-                raise ConfigError(
-                    f"--resume {path}: {store.root.parent} has checkpoints of another run ({section}.{key}: {ours!r}, "
-                    f"here {theirs!r}), which this one would mix with; give it its own --output-dir"
-                )
+    given = _descent(path)
+    others = [other.name for other in store.complete() if _descent(other) not in (None, given)]
+    if others:
+        raise ConfigError(
+            f"--resume {path}: {store.root.parent} has checkpoints of another run ({', '.join(others)}), which this "
+            "one would mix with; give it its own --output-dir"
+        )
+
+
+def _descent(path: Path) -> tuple[Any, ...] | None:
+    """What a checkpoint has in common with the others of its run alone; None if it cannot be read."""
+    try:
+        state = read_state(path)
+        if "run" in state:
+            return (state["run"],)
+        return (state.get("data_fingerprint"), state.get("tokenizer_sha256"), read_config(path)["training"].get("seed"))
+    except (CheckpointError, KeyError):
+        return None
 
 
 def _named(resume: str) -> Path:

@@ -119,6 +119,7 @@ def train(
             display.say(f"weights from {weights}; optimiser, random numbers, data and step begin anew")
         shared = store if team.size == 1 else TeamStore(store, team)
         trainer = Trainer(config, model.to(device), data, plan, shared, display, team)
+        trainer.run_id = job
         if start is not None:
             trainer.restore(start)
             display.say(f"resume: continuing from {start}")
