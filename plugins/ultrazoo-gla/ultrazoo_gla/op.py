@@ -110,8 +110,36 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*ctx.backward_op(grad, *ctx.saved_tensors), None)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError("gated_linear_attention has no second derivative; call backward without create_graph")
+def _check(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, segments: Tensor | None) -> None:
+    """Check the arguments of the op itself, as the kernel does."""
+    name = "gla::gated_linear_attention"
+    B, L, H, K = q.shape if q.dim() == 4 else (-1, -1, -1, -1)
+    directions = log_gate.shape[2] if log_gate.dim() == 5 else 0
+    if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
+        raise ValueError(
+            f"{name}: q, k, v: got {_shape(q)}, {_shape(k)} and {_shape(v)}, expected (B, L, H, K) for q and k, and "
+            "(B, L, H, V)"
+        )
+    if directions not in (1, 2) or log_gate.shape != (B, L, directions, H, K):
+        raise ValueError(f"{name}: log_gate: got {_shape(log_gate)}, expected {(B, L, 'D', H, K)} with D 1 or 2")
+    if segments is not None and segments.shape != (B, L):
+        raise ValueError(f"{name}: segments: got {_shape(segments)}, expected {(B, L)}")
+    wide = torch.promote_types(q.dtype, torch.float32) if q.is_floating_point() else torch.float32
+    expected = {"k": (k, q.dtype), "v": (v, q.dtype), "log_gate": (log_gate, wide), "segments": (segments, torch.int64)}
+    for argument, (x, dtype) in expected.items():
+        if x is not None and x.dtype != dtype:
+            raise TypeError(f"{name}: {argument}: got {x.dtype}, expected {dtype}; q is {q.dtype}")
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name}: {argument}: got {x.device}, expected {q.device}, the device of q")
+
+
+def _check_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, segments: Tensor | None) -> None:
+    _check(q, k, v, log_gate, segments)
+    if grad.shape != v.shape or grad.dtype != v.dtype or grad.device != v.device:
+        raise ValueError(
+            f"gla::gated_linear_attention_backward: grad: got {_shape(grad)} {grad.dtype} on {grad.device}, expected "
+            f"{_shape(v)} {v.dtype} on {v.device}, as v"
+        )
 
 
 _backward = library.define(
@@ -119,7 +147,7 @@ _backward = library.define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     gated_linear_attention_backward_reference,
     fake=lambda grad, q, k, v, log_gate, segments: tuple(x.new_empty(x.shape) for x in (q, k, v, log_gate)),
-    backward=_no_second_derivative,
+    check=_check_backward,
 )
 _attention = library.define(
     "gated_linear_attention(Tensor q, Tensor k, Tensor v, Tensor log_gate, Tensor? segments) -> Tensor",
@@ -127,6 +155,7 @@ _attention = library.define(
     fake=lambda q, k, v, log_gate, segments: v.new_empty(v.shape),
     setup_context=_save,
     backward=_gradients,
+    check=_check,
 )
 
 SPEC = OpSpec(
