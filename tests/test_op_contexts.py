@@ -180,6 +180,26 @@ def test_vmap_equals_calls_one_by_one(spec: OpSpec) -> None:
 
 
 @each_spec
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_has_gradients_and_torch_func_is_refused_by_name(spec: OpSpec) -> None:
+    if not spec.differentiable:
+        return
+    given = named_arguments(spec, sample_of(spec))
+    lead = next(iter(given))
+
+    def total(x: Tensor) -> Tensor:
+        result: Tensor = call(spec, {**given, lead: x}).sum()
+        return result
+
+    batch = torch.stack([given[lead], given[lead] * 0.5]).requires_grad_()
+    (got,) = torch.autograd.grad(torch.vmap(total)(batch).sum(), batch)
+    (want,) = torch.autograd.grad(torch.stack([total(x) for x in batch]).sum(), batch)
+    assert torch.equal(got, want)
+    with pytest.raises(NotImplementedError, match=f"{spec.name}.*torch.func.grad"):
+        torch.func.grad(total)(given[lead])
+
+
+@each_spec
 def test_forward_mode_is_refused(spec: OpSpec) -> None:
     sample = sample_of(spec)
     given = named_arguments(spec, sample)

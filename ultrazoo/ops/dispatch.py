@@ -106,6 +106,8 @@ def _overload(full_name: str) -> Any:
 
 
 def _reverse_mode_only(full_name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse what torch would get wrong, or would explain by its internals, before the kernel for autograd runs."""
+
     def call(keyset: Any, *args: Any) -> Any:
         for x in args:
             if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
@@ -113,9 +115,18 @@ def _reverse_mode_only(full_name: str, kernel: Callable[..., Any]) -> Callable[.
                     f"{full_name}: got a tangent of forward-mode AD (torch.func.jvp, torch.autograd.forward_ad), which "
                     "this op does not support; use reverse mode (torch.autograd.grad)"
                 )
+        if torch._C._are_functorch_transforms_active() and torch.is_grad_enabled() and _any_requires_grad(args):
+            raise NotImplementedError(
+                f"{full_name}: got a call within torch.func.grad, vjp or jacrev, which this op does not support; use "
+                "torch.autograd.grad"
+            )
         return kernel(keyset, *args)
 
     return call
+
+
+def _any_requires_grad(args: tuple[Any, ...]) -> bool:
+    return any(isinstance(x, Tensor) and x.requires_grad for x in args)
 
 
 def _no_derivative(full_name: str) -> Callable[..., Any]:
