@@ -40,8 +40,8 @@ class Config(Options):
     def _mini(cls, data: Any) -> Any:
         if isinstance(data, dict) and data.get("model_class") == "mini":
             model = data.get("model", {})
-            if isinstance(model, dict):
-                return {**data, "model": {"use_factorized_embedding": True, **model}}
+            if isinstance(model, dict) and model.get("use_factorized_embedding", False) is False:
+                return {**data, "model": {**model, "use_factorized_embedding": True}}
         return data
 
     @field_validator("plugins")
@@ -56,11 +56,6 @@ class Config(Options):
     @model_validator(mode="after")
     def _check(self) -> Config:
         lines = []
-        if self.model_class == "mini" and not self.model.use_factorized_embedding:
-            lines.append(
-                "model.use_factorized_embedding: got false with model_class mini, which always factorises; "
-                "set model_class to frankenstein, or remove the field"
-            )
         limit = self.model.max_position_embeddings
         if self.model.position_embedding == "learned" and self.training.max_length > limit:
             lines.append(
@@ -130,6 +125,11 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> LoadedConf
         for line in config.model.notices() + config.training.notices()
         if origins.get(line.split(":")[0]) != "default"
     ]
+    if config.model_class == "mini" and data.get("model", {}).get("use_factorized_embedding") is False:
+        notices.append(
+            "model.use_factorized_embedding: false has no effect: model_class mini always factorises; "
+            "set model_class to frankenstein for embeddings of full width"
+        )
     return LoadedConfig(config=config, name=path.stem, origins=origins, notices=notices)
 
 
