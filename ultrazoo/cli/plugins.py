@@ -34,6 +34,7 @@ def plugins(
     _print(found)
     problems = [("left out", plugin.origin, plugin.reason) for plugin in zoo.plugins if plugin.error]
     problems += [("clash", "", line) for line in zoo.clashes()]
+    problems += [("skipped", "", line) for line in zoo.shadowed()]
     if problems:
         print()
         print_table("Problems", ("", "plugin", "reason and cure"), problems)

@@ -15,7 +15,7 @@ from ultrazoo.config.overrides import apply_override
 from ultrazoo.config.problems import ProblemsError, problems_of
 from ultrazoo.config.training import TrainingConfig
 from ultrazoo.config.yaml import dump_yaml, parse_yaml
-from ultrazoo.errors import ConfigError, did_you_mean
+from ultrazoo.errors import ConfigError, UnknownNameError, did_you_mean
 from ultrazoo.options import Options
 from ultrazoo.registry import registry
 
@@ -34,6 +34,11 @@ class Config(Options):
     )
     model: ModelConfig = Field(default_factory=ModelConfig, description="Shape and parts of the encoder.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="Data, optimisation and reports.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settle_names(cls, data: Any) -> Any:
+        return needs.with_distributions(data) if isinstance(data, dict) else data
 
     @model_validator(mode="before")
     @classmethod
@@ -160,11 +165,14 @@ def _find(source: str | Path) -> Path:
         raise ConfigError(f"{path}: is a folder, expected a YAML file or the name of a preset")
     if path.exists() and not path.is_dir():
         return path
+    try:
+        return registry().preset(str(source), "config")
+    except UnknownNameError:
+        if path.suffix not in (".yaml", ".yml") and len(path.parts) == 1:
+            raise
     presets = registry().presets()
-    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        hint = did_you_mean(path.stem, presets)
-        raise ConfigError(f"{path}: no such file; {hint}presets that need no path: {', '.join(presets)}")
-    return registry().preset(str(source), "config")
+    hint = did_you_mean(path.stem, presets)
+    raise ConfigError(f"{path}: no such file; {hint}presets that need no path: {', '.join(presets)}")
 
 
 def _leaves(data: Mapping[str, Any], prefix: str = "") -> list[str]:
