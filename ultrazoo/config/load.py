@@ -14,7 +14,7 @@ from ultrazoo.config.model import ModelConfig
 from ultrazoo.config.overrides import apply_override
 from ultrazoo.config.problems import ProblemsError, problems_of
 from ultrazoo.config.training import TrainingConfig
-from ultrazoo.config.yaml import dump_yaml, parse_yaml
+from ultrazoo.config.yaml import dump_yaml, read_yaml
 from ultrazoo.errors import ConfigError, UnknownNameError, did_you_mean
 from ultrazoo.options import Options
 from ultrazoo.registry import registry
@@ -104,11 +104,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> LoadedConf
         ConfigError: Every problem of the file and the overrides, one line each.
     """
     path = _find(source)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}; expected a YAML file") from error
-    data = parse_yaml(text, str(path))
+    data = read_yaml(path)
     if data is None:
         data = {}
     if not isinstance(data, dict):
@@ -154,7 +150,8 @@ def config_from_dict(data: Mapping[str, Any], where: str) -> Config:
             "training": {key: {} for key in TrainingConfig.model_fields},
         }
         lines = problems_of(error, "", known)
-        raise ConfigError("\n".join([f"{where}: {len(lines)} problem(s)", *(f"  {line}" for line in lines)])) from error
+        count = max(len(lines), error.error_count())
+        raise ConfigError("\n".join([f"{where}: {count:,} problem(s)", *(f"  {line}" for line in lines)])) from error
 
 
 def _find(source: str | Path) -> Path:
