@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 from cli_parts import call, train_tiny
 
+from ultrazoo.bench.records import read_rows
 from ultrazoo.config import load_config
 from ultrazoo.config.yaml import dump_yaml, parse_yaml
-from ultrazoo.errors import ConfigError
+from ultrazoo.errors import ConfigError, DataError
+from ultrazoo.plot import read_metrics
 
 Capture = pytest.CaptureFixture[str]
 LAUGHS = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
@@ -108,6 +110,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("line", [DEEP, '{"step": ' + "9" * 5_000 + "}"])
+def test_a_hostile_line_of_records_is_an_error_with_its_place(line: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f"{line}\n" * 2)
+    for read in (read_metrics, lambda path: read_rows(path / "metrics.jsonl")):
+        with pytest.raises(DataError, match=r"metrics\.jsonl:1: got "):
+            read(tmp_path)
+
+
 WRONG: dict[str, list[tuple[str, Any]]] = {
     "manifest.json": [("", DEEP), ("", "[]"), ("files", []), ("files", {"state.json": 1}), ("format_version", {})],
     "state.json": [

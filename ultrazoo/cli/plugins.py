@@ -105,7 +105,7 @@ def last_check(plugin: Plugin) -> dict[str, Any]:
         state = "passed" if verdict["passed"] is True else "failed"
     except FileNotFoundError:
         return {"state": "not checked"}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return {"state": "unreadable", "path": str(path), "reason": f"{type(error).__name__}: {error}"}
     return {**verdict, "state": state if made_for == (plugin.version, __version__) else "stale"}
 
