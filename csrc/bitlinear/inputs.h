@@ -11,7 +11,7 @@
 namespace uz {
 
 inline constexpr int64_t kMostColumns = 0x7fffffff / 256;    // codes of 0, 1, 2 times integers of up to 128
-inline constexpr double kLeastEps = 1e-36, kMostEps = 1e36;  // 127 / eps and eps / 127 are normal floats
+inline constexpr double kLeastEps = 1e-36, kMostEps = 1e18;  // 127 / eps and eps * eps are finite floats
 
 inline int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
 

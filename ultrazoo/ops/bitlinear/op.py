@@ -29,8 +29,8 @@ from ultrazoo.ops.bitlinear.samples import (
 )
 from ultrazoo.spec import OpSpec
 
-LEAST_EPS, MOST_EPS = 1e-36, 1e36
-"""127 / eps and eps / 127 are normal numbers in fp32."""
+LEAST_EPS, MOST_EPS = 1e-36, 1e18
+"""127 / eps and eps^2 are finite in fp32."""
 MOST_COLUMNS = 0x7FFFFFFF // 256
 """The kernels' sums of integers fit int32."""
 
@@ -50,14 +50,15 @@ def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: flo
         x: (..., K); its dtype is that of the products and of y.
         weight: (N, K) master weight, of any floating-point dtype; it is quantised as it is, never rounded to that of x.
         bias: (N,) or None.
-        eps: The least that mean |W| and max |x| count for.
+        eps: The least that mean |W| and max |x| count for, from 1e-36 to 1e18.
 
     Returns:
         (..., N), contiguous, in the dtype of x.
 
     Raises:
-        ValueError: A shape or a device does not fit.
-        TypeError: A dtype is not floating-point.
+        ValueError: A shape, a device or eps does not fit.
+        TypeError: A dtype is not a floating-point one of 16, 32 or 64 bits.
+        KernelUnavailableError: The policy is ``compiled``, and x, the weight or the bias is in fp64.
     """
     y: Tensor = _bitlinear(x, weight, bias, eps)[0]
     return y

@@ -53,11 +53,12 @@ def _reference(x: Tensor, p: float, *, seed: Tensor | None = None) -> Tensor:
 
 
 def _keep(x: Tensor, p: float, seed: Tensor | None) -> int:
-    """Check what the caller gave, also where nothing is dropped; return the probability of keeping in 65536ths."""
+    """Check what the op does not, and return the probability of keeping in 65536ths."""
     if not 0 <= p < 1:
         raise ValueError(f"{_NAME}: p: got {p}, expected a probability in [0, 1); 1 would leave nothing")
     keep = kept_of_65536(p)
-    _check(x, torch.zeros((), dtype=torch.int64) if seed is None else seed, keep)
+    if p == 0:  # no op is called
+        _check(x, torch.zeros((), dtype=torch.int64) if seed is None else seed, keep)
     return keep
 
 
