@@ -24,6 +24,7 @@ from ultrazoo.data.tokenizer import Vocabulary
 from ultrazoo.data.validation import VALIDATION, held_out_documents
 from ultrazoo.data.windows import Window, WindowDataset, iterate
 from ultrazoo.errors import DataError
+from ultrazoo.revisions import Revisions, current_revisions
 
 if TYPE_CHECKING:
     from ultrazoo.config import TrainingConfig
@@ -45,6 +46,7 @@ class DataModule:
         store: Where documents come from.
         training: The config's training section.
         console: Takes lines about skipped rows.
+        revisions: Rules of the run; None: those of a new one.
 
     Raises:
         DataError: There is no row to train on.
@@ -58,8 +60,10 @@ class DataModule:
         store: Store,
         training: TrainingConfig,
         console: Callable[[str], None],
+        revisions: Revisions | None = None,
     ) -> None:
         self.source, self.vocabulary, self.store, self.training = source, vocabulary, store, training
+        self.revisions = current_revisions() if revisions is None else revisions
         words = word_table(vocabulary) if training.whole_word_masking else None
         self._masker = Masker(vocabulary, training.mlm_probability, words)
         self._frame = Frame(training.max_length, vocabulary.pad, vocabulary.cls, vocabulary.sep)

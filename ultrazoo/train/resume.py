@@ -8,6 +8,7 @@ from typing import Any
 
 from ultrazoo.config import Config, ModelConfig, TrainingConfig
 from ultrazoo.errors import CheckpointError, ConfigError
+from ultrazoo.revisions import saved_revisions
 from ultrazoo.train.checkpoint import (
     CONFIG,
     MODEL,
@@ -199,6 +200,15 @@ def check_match(folder: Path, config: Config, *, tokenizer_sha256: str, data_fin
             problems.append(f"{key}: checkpoint {state.get(key)!r}, this run {new!r}")
     _refuse(folder, problems)
     return notes
+
+
+def revisions_of(folder: Path) -> dict[str, int]:
+    """Return the revisions of the rules by which a run continues from a checkpoint.
+
+    Raises:
+        CheckpointError: This version cannot follow one of them.
+    """
+    return saved_revisions(folder, read_state(folder).get("revisions", {}), read_config(folder))
 
 
 def _compare_models(folder: Path, config: Config) -> tuple[list[str], list[str]]:
