@@ -11,6 +11,7 @@ import pytest
 from cli_parts import call, write_config
 from test_verify import change_state
 
+from ultrazoo.config import Config
 from ultrazoo.errors import CheckpointError
 from ultrazoo.revisions import RULES, Rule, current_revisions, saved_revisions
 from ultrazoo.train.verify import verify_run
@@ -96,7 +97,30 @@ def test_a_rule_of_a_later_version_is_refused(
     assert f"rule {name}: got revision {revision}, which is not known here" in capsys.readouterr().err
 
 
+def test_a_run_of_an_earlier_version_is_never_reinterpreted(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation at ``mlm_probability`` and unigram statistics over all rows, as before there were revisions."""
+    sets = ("--set", "training.mlm_probability=0.4", "--set", "training.max_steps=3")
+    with monkeypatch.context() as patch:
+        patch.setattr("ultrazoo.train.run.current_revisions", lambda: dict.fromkeys(RULES, 1))
+        assert call("train", write_config(tmp_path), "--output-dir", tmp_path / "run", *sets) == 0
+    checkpoint = tmp_path / "run/checkpoints/step-000003"
+    change_state(checkpoint, revisions=None)
+    found = verify_run(tmp_path / "run")
+    assert found is not None and (found.first_difference, found.start) == (None, None)
+    assert found.compared["records"] > 0
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    assert call("resume", tmp_path / "copy", "--set", "training.max_steps=4") == 0
+    said = capsys.readouterr().err
+    assert "rule validation_masks stays at revision 1 (validation masks at training.mlm_probability)" in said
+    assert "rule unigram_counts stays at revision 1" in said
+    change_state(checkpoint, revisions=current_revisions())
+    found = verify_run(tmp_path / "run")
+    assert found is not None and found.differ["weights"] and found.differ["records"]
+
+
 def test_every_problem_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     add_rule(monkeypatch, oldest=2)
     with pytest.raises(CheckpointError, match=r"(?s)here: made under.*rule a: .*rule b: .*rule order: "):
-        saved_revisions("here", {"b": 2, "a": 1}, {})
+        saved_revisions("here", {"b": 2, "a": 1}, Config().to_dict())

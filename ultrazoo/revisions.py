@@ -25,7 +25,7 @@ class Rule:
     oldest: int = 1
     """Oldest revision that this version can still follow."""
     matters: Callable[[Mapping[str, Any]], bool] = lambda config: True
-    """Takes the config of a checkpoint as plain data; False if every revision does the same there."""
+    """Takes the complete config of a saved run as plain data; False if every revision does the same there."""
 
     @property
     def current(self) -> int:
@@ -33,7 +33,18 @@ class Rule:
         return len(self.meanings)
 
 
-RULES: dict[str, Rule] = {}
+RULES = {
+    "validation_masks": Rule(
+        meanings=(
+            "validation masks at training.mlm_probability",
+            "validation masks at training.eval_mlm_probability",
+        ),
+        matters=lambda config: config["training"]["mlm_probability"] != config["training"]["eval_mlm_probability"],
+    ),
+    "unigram_counts": Rule(
+        meanings=("the unigram statistics include the held-out rows", "the unigram statistics exclude held-out rows"),
+    ),
+}
 
 
 def current_revisions() -> dict[str, int]:
@@ -49,7 +60,7 @@ def saved_revisions(where: object, saved: Revisions, config: Mapping[str, Any]) 
     Args:
         where: The checkpoint or flight record, for the message.
         saved: What it holds under ``revisions``.
-        config: Its config as plain data.
+        config: Its complete config as plain data.
 
     Raises:
         CheckpointError: Lists every rule whose saved revision this version cannot follow.

@@ -98,7 +98,7 @@ def replay(folder: Path, *, kernels: str | None = None, dtype: str | None = None
             raise ConfigError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
     flight = read_flight(folder)
     record, config = flight.record, config_from_dict(read_config(folder), str(folder))
-    saved_revisions(folder, record.get("revisions", {}), read_config(folder))
+    saved_revisions(folder, record.get("revisions", {}), config.to_dict())
     used = _in_use(record["kernel_policy"], record["kernels"])
     recorded = Way(used, record["dtype"], record["environment"]["device"])
     wide = (dtype or recorded.dtype) == "float64"

@@ -202,13 +202,28 @@ def check_match(folder: Path, config: Config, *, tokenizer_sha256: str, data_fin
     return notes
 
 
+def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return dotted names of the model and training fields that differ between the configs of two checkpoints."""
+    sections = {"model": _defaults(ModelConfig), "training": _defaults(TrainingConfig)}
+    return [
+        f"{section}.{key}"
+        for section, defaults in sections.items()
+        for key, _, _ in _differences(old[section], new[section], defaults)
+    ]
+
+
 def revisions_of(folder: Path) -> dict[str, int]:
     """Return the revisions of the rules by which a run continues from a checkpoint.
 
     Raises:
         CheckpointError: This version cannot follow one of them.
     """
-    return saved_revisions(folder, read_state(folder).get("revisions", {}), read_config(folder))
+    saved = read_config(folder)
+    config = {
+        "model": _defaults(ModelConfig) | saved.get("model", {}),
+        "training": _defaults(TrainingConfig) | saved.get("training", {}),
+    }
+    return saved_revisions(folder, read_state(folder).get("revisions", {}), config)
 
 
 def _compare_models(folder: Path, config: Config) -> tuple[list[str], list[str]]:
