@@ -53,6 +53,11 @@ class TrainingConfig(Options):
     # steps
     batch_size: int = Field(32, ge=1, description="Rows per micro-batch, of all processes together.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per optimiser step.")
+    exact_balance_loss: bool = Field(
+        False,
+        description="With accumulation: the balance loss of experts over the whole step, not per micro-batch; costs a "
+        "forward pass.",
+    )
     num_epochs: float = Field(1.0, gt=0, le=1e9, description="Passes over the data, when neither limit below is set.")
     max_steps: int | None = Field(None, ge=1, description="Optimiser steps.")
     max_minutes: float | None = Field(None, gt=0, description="Minutes of training; the schedule follows the clock.")
@@ -153,6 +158,8 @@ class TrainingConfig(Options):
         ]
         if "decay_ratio" in fields and self.lr_schedule != "wsd":
             lines.append("training.decay_ratio: has no effect unless lr_schedule is wsd")
+        if "exact_balance_loss" in fields and self.gradient_accumulation_steps == 1:
+            lines.append("training.exact_balance_loss: has no effect while gradient_accumulation_steps is 1")
         if "nan_limit" in fields and self.on_nan == "stop":
             lines.append("training.nan_limit: has no effect while on_nan is stop")
         if "num_epochs" in fields and (self.max_steps or self.max_minutes):

@@ -111,7 +111,8 @@ class FlightRecorder:
         now = RandomState(self.device)
         moment.random.restore()
         try:
-            seen = examine(model, moment.batches, precision)
+            exact = self.config.training.exact_balance_loss
+            seen = examine(model, moment.batches, precision, exact_balance=exact)
         finally:
             now.restore()
         path = self._free_folder(fault.step)

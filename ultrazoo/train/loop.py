@@ -162,7 +162,8 @@ class Trainer:
 
     def _backward(self, batches: list[Batch], totals: Totals | None = None) -> None:
         """Leave the gradient of the whole step's mean loss in the parameters."""
-        sums, self._stats = accumulate(self.stepped, batches, self.precision, self.team, totals)
+        exact = self.training.exact_balance_loss
+        sums, self._stats = accumulate(self.stepped, batches, self.precision, self.team, totals, exact_balance=exact)
         self._loss = sums.pop("objective")
         self.window.add(sums)
 

@@ -120,7 +120,7 @@ def replay(folder: Path, *, kernels: str | None = None, dtype: str | None = None
             for tensors, count in zip(flight.batches, record["num_tokens"], strict=True)
         ]
         set_rng_state(record["random"], place)
-        seen = examine(model.train(), batches, precision)
+        seen = examine(model.train(), batches, precision, exact_balance=training.exact_balance_loss)
     return Replay(
         step=record["step"],
         loss=record["loss"],
