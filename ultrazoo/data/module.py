@@ -49,7 +49,7 @@ class DataModule:
         revisions: Rules of the run; None: those of a new one.
 
     Raises:
-        DataError: There is no row to train on.
+        DataError: There is no row to train on, or none to validate on.
         ConfigError: Whole words are asked for and the tokenizer does not mark them.
     """
 
@@ -87,6 +87,7 @@ class DataModule:
         self._skipped: Counter[str] = Counter()
         self._damage: dict[str, str] = {}
         self._sample = self._find_sample()
+        self._require_held_out()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -180,6 +181,18 @@ class DataModule:
             f"{self.source.text_column!r}; add rows or set training.text_column"
         )
 
+    def _require_held_out(self) -> None:
+        """Find out before the first step whether the first validation has a row.
+
+        Raises:
+            DataError: It has none.
+        """
+        if not self._read_held_out(wanted=1).lengths.any():
+            raise DataError(
+                f"training.validation_fraction: no usable row among the {self.training.validation_fraction:.0%} held "
+                "out; expected at least one; raise the fraction or add rows"
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last batch yielded, and what it is a position in, as JSON values."""
         epoch, window, row = self._position
@@ -263,7 +276,11 @@ class DataModule:
     @cached_property
     def _held_out(self) -> Documents:
         training = self.training
-        wanted = training.eval_max_batches * training.batch_size * training.max_length
+        return self._read_held_out(training.eval_max_batches * training.batch_size * training.max_length)
+
+    def _read_held_out(self, wanted: int) -> Documents:
+        """Read held-out documents until they have so many tokens."""
+        training = self.training
         return held_out_documents(
             self.source,
             self.store,
@@ -276,11 +293,6 @@ class DataModule:
     def _validation(self) -> list[Batch]:
         training, size = self.training, self.training.batch_size
         tokens, segments = pack(self._held_out, self._frame, packed=training.pack_sequences, key=(VALIDATION,))
-        if not len(tokens):
-            raise DataError(
-                f"training.validation_fraction: no usable row among the {training.validation_fraction:.0%} held out; "
-                "expected at least one; raise the fraction or add rows"
-            )
         states = draws(key(MASKS, VALIDATION), np.arange(len(tokens)))
         batches = [slice(start, start + size) for start in range(0, len(tokens), size)][: training.eval_max_batches]
         parts = [(tokens[rows], segments[rows], states[rows]) for rows in batches]
@@ -290,7 +302,7 @@ class DataModule:
         """Return at most ``eval_max_batches`` batches of held-out rows; the same, masks included, for every seed.
 
         Raises:
-            DataError: The data cannot be read, or no held-out row is usable.
+            DataError: The data cannot be read.
         """
         return self._validation
 

@@ -94,6 +94,7 @@ class Trainer:
         self._loss = self._norm = torch.zeros((), device=self.device)
         self._stats: dict[str, Tensor] = {}
         self._rate = 0.0
+        self._warned = False
         self._mark = (0, 0.0)
 
     def run(self, guard: SignalGuard) -> None:
@@ -216,6 +217,12 @@ class Trainer:
             last = self.last_checkpoint or "none"
             raise NonFiniteError(f"step {step}: {error}; last good checkpoint: {last}") from error
         if figures is None:
+            if guard.stop is None:
+                tokens = sum(batch.num_tokens for batch in self._validation)
+                self.display.say(
+                    f"warning: step {step}: no validation loss: none of the {tokens:,} held-out tokens is a target; "
+                    "raise training.validation_fraction or training.eval_mlm_probability, or add rows"
+                )
             return
         self.progress.validation, self.progress.validated_step = figures, step
         named = {f"validation_{name}": value for name, value in figures.items()}
@@ -320,6 +327,9 @@ class Trainer:
         tokens, seconds = progress.tokens - self._mark[0], progress.train_seconds - self._mark[1]
         self._mark = (progress.tokens, progress.train_seconds)
         record: dict[str, Any] = {"step": progress.step, "epoch": self.data.epoch, **means}
+        if not self.window.losses:
+            record["loss"] = None
+            self._warn_of_no_targets()
         record |= {"lr": self._rate, "grad_norm": self._norm.item(), "tokens": progress.tokens}
         record |= {"tokens_per_second": tokens / seconds if seconds else 0.0, "seconds": progress.elapsed_seconds}
         record |= {"data_wait_share": progress.wait_seconds / max(progress.train_seconds, 1e-9)}
@@ -331,6 +341,15 @@ class Trainer:
         for line, symptom in self.watch.look(progress.step, self.window.losses, record.get("stats", {})):
             self.display.say(f"warning: {line}")
             self._report({"step": progress.step, **symptom})
+
+    def _warn_of_no_targets(self) -> None:
+        """Say once per process what a record without a target means."""
+        if not self._warned:
+            self._warned = True
+            self.display.say(
+                f"warning: step {self.progress.step}: no training loss: none of the tokens since the last record is a "
+                "target; raise training.mlm_probability, training.batch_size or training.log_every_n_steps"
+            )
 
     def _report(self, record: dict[str, Any]) -> None:
         for reporter in self.reporters:

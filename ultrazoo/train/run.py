@@ -28,7 +28,7 @@ from ultrazoo.train.profile import StepProfiler
 from ultrazoo.train.records import Record, set_aside, take_over
 from ultrazoo.train.resume import check_match, check_weights, find_checkpoint, find_weights, revisions_of
 from ultrazoo.train.runtime import environment, prepared
-from ultrazoo.train.schedule import make_plan
+from ultrazoo.train.schedule import make_plan, note_on_batch
 from ultrazoo.train.signals import SignalGuard, nothing_to_save
 from ultrazoo.train.store import CheckpointStore
 from ultrazoo.train.stretch import plan_of
@@ -113,6 +113,8 @@ def train(
             for note in notes_on(revisions):
                 say(f"resume: {note}")
         plan = make_plan(training, data.rows_per_epoch)
+        if note := note_on_batch(training, data.rows_per_epoch):
+            say(note)
         display = make_display(console, plan.total_steps)
         stack.callback(display.close)
         model = build_model(config.model)
