@@ -77,6 +77,8 @@ def memory_scan(
     log_keep, log_eta, theta = gaps.close(log_keep), gaps.close(log_eta), gaps.close(theta)
     segments = gaps.segments
     batch, length = q.shape[:2]
+    if length == 0:
+        return v
     chunk = min(chunk_size, length)
     extra = -length % chunk
     if extra:

@@ -232,7 +232,7 @@ def finite(what: str, x: Tensor) -> Check:
     return Check(f"{what}: share of numbers that are not finite", 1 - x.isfinite().double().mean().item(), 0)
 
 
-RETURNING = ((1, 2, 1, 2), (4, 4, 0, 2, 4), (3, 1, 0, 2, 0, 0, 1))
+RETURNING: tuple[tuple[int, ...], ...] = ((1, 2, 1, 2), (4, 4, 0, 2, 4), (3, 1, 0, 2, 0, 0, 1))
 """Rows in which a document returns after another one."""
 
 
