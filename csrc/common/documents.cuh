@@ -2,7 +2,7 @@
 // the host wait.
 #pragma once
 
-#include <cstdio>
+#include <cassert>
 
 #include "common/cuda.cuh"
 
@@ -11,9 +11,9 @@ namespace {
 
 inline constexpr int kCheckThreads = 256;
 
-// One block for each row. A number that is negative, or that returns after another document, ends the kernel with a
-// message and a trap, as an index out of range does in torch. gaps, which may be null, tells of each row whether
-// padding is inside a document.
+// One block for each row. A number that is negative or that returns after another document fails an assertion on the
+// device, as an index out of range does in torch. gaps, which may be null, gets whether a row has padding inside a
+// document.
 __global__ void __launch_bounds__(kCheckThreads)
     check_documents_kernel(const int64_t* const all, const int64_t length, int* const gaps) {
   const int64_t* const ids = all + blockIdx.x * length;
@@ -29,13 +29,7 @@ __global__ void __launch_bounds__(kCheckThreads)
     }
     bool returns = false;
     for (int64_t i = 0; i < before; ++i) returns |= ids[i] == id;
-    if (id < 0 || returns) {
-      printf(
-          "segments[row %d]: number %lld at position %lld is negative or of an earlier document; number documents so "
-          "that each is one run of tokens (zeros between them are padding)\n",
-          static_cast<int>(blockIdx.x), static_cast<long long>(id), static_cast<long long>(at));
-      __trap();
-    }
+    assert(id > 0 && !returns && "segments: number documents from 1 so that each is one run of tokens");
   }
   gap = __syncthreads_or(gap);
   if (gaps != nullptr && threadIdx.x == 0) gaps[blockIdx.x] = gap;

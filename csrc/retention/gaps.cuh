@@ -27,24 +27,20 @@ __global__ void __launch_bounds__(kThreads) retention_gaps(const Output<T> a, co
     const int columns = a.value - first < kGapColumns ? a.value - first : kGapColumns;
     const T* const q = a.q + at(n, a.key);
     float sum[kGapColumns] = {};
-    const auto add = [&](int64_t m, float weight) {
-      const T *const k = a.k + at(m, a.key), *const v = a.v + at(m, a.value) + first;
-      float score = 0.0f;
-      for (int i = 0; i < a.key; ++i) score = fmaf(to_float(q[i]), to_float(k[i]), score);
-      score *= weight;
+    for (int side = 0; side < 2 && ids[n] != 0; ++side) {  // n itself is on the first
+      const int step = side == 0 ? -1 : 1;
+      int distance = side;
+      for (int64_t m = n + side; m >= 0 && m < length && (ids[m] == 0 || ids[m] == ids[n]); m += step) {
+        if (ids[m] == 0) continue;
+        if (distance > 0 && !(side == 0 ? a.before : a.after)) break;
+        const T *const k = a.k + at(m, a.key), *const v = a.v + at(m, a.value) + first;
+        float score = 0.0f;
+        for (int i = 0; i < a.key; ++i) score = fmaf(to_float(q[i]), to_float(k[i]), score);
+        score *= expf(log_decay * static_cast<float>(distance++));
 #pragma unroll
-      for (int c = 0; c < kGapColumns; ++c)
-        if (c < columns) sum[c] = fmaf(score, to_float(v[c]), sum[c]);
-    };
-    const auto walk = [&](int step) {
-      int distance = 0;
-      for (int64_t m = n + step; m >= 0 && m < length && (ids[m] == 0 || ids[m] == ids[n]); m += step)
-        if (ids[m] != 0) add(m, expf(log_decay * static_cast<float>(++distance)));
-    };
-    if (ids[n] != 0) {
-      add(n, 1.0f);
-      if (a.before) walk(-1);
-      if (a.after) walk(1);
+        for (int c = 0; c < kGapColumns; ++c)
+          if (c < columns) sum[c] = fmaf(score, to_float(v[c]), sum[c]);
+      }
     }
 #pragma unroll
     for (int c = 0; c < kGapColumns; ++c)

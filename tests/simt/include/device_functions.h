@@ -113,8 +113,6 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   return r;
 }
 
-[[noreturn]] inline void __trap() { simt::fail("__trap()"); }
-
 // Four products of bytes, added up; sums wrap around.
 inline int __dp4a(int a, int b, int c) {
   unsigned sum = static_cast<unsigned>(c);
