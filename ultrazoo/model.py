@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ultrazoo.config import ModelConfig, block_config
 from ultrazoo.nn.dropout import Dropout
 from ultrazoo.nn.embeddings import EmbeddingConfig, Embeddings, MaskedLMHead
-from ultrazoo.nn.segments import mask_padding
+from ultrazoo.nn.segments import checked, mask_padding
 from ultrazoo.nn.tiles import ROW_TILE
 from ultrazoo.registry import registry
 
@@ -132,7 +132,8 @@ class MaskedLM(nn.Module):
 
         Args:
             input_ids: (B, L) int64.
-            segments: (B, L) document ids, 0 at padding; None means that every row is one full document.
+            segments: (B, L) document ids, 0 at padding, each document one run of tokens (padding may be inside it);
+                None means that every row is one full document.
 
         Returns:
             (B, L, D), zero at padding.
@@ -146,7 +147,8 @@ class MaskedLM(nn.Module):
 
         Args:
             input_ids: (B, L) int64.
-            segments: (B, L) document ids, 0 at padding; None means that every row is one full document.
+            segments: (B, L) document ids, 0 at padding, each document one run of tokens (padding may be inside it);
+                None means that every row is one full document.
             labels: (B, L) int64, -100 where there is no target.
         """
         hidden, *aux = self._encode(input_ids, segments)
@@ -169,6 +171,7 @@ class MaskedLM(nn.Module):
             raise ValueError(
                 f"segments: got shape {tuple(segments.shape)}, expected that of input_ids {tuple(input_ids.shape)}"
             )
+        segments = None if segments is None else checked(segments)
         x = self.embeddings(input_ids, segments)
         seen: list[Aux] = []
         for _ in range(self.config.num_loops):
