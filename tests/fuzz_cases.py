@@ -117,26 +117,37 @@ def _numbers(kind: str, shape: list[int], dtype: torch.dtype, rng: random.Random
 
 
 def _documents(shape: list[int], rng: random.Random) -> Tensor:
-    """Return documents in a row, with padding on both sides."""
+    """Return documents in a row, with padding on both sides and, in some rows, inside a document."""
     if len(shape) != 2:
         return torch.zeros(shape, dtype=torch.int64)
     rows = []
     for _ in range(shape[0]):
         left, right = rng.randint(0, shape[1]) // 3, rng.randint(0, shape[1]) // 3
         row = [1 + int(i * 4 / max(1, shape[1])) for i in range(shape[1])]
-        rows.append([n if left <= i < shape[1] - right else 0 for i, n in enumerate(row)])
+        gap = rng.randrange(3, shape[1]) if shape[1] > 3 and rng.random() < 0.3 else -1
+        rows.append([n if left <= i < shape[1] - right and i != gap else 0 for i, n in enumerate(row)])
     return torch.tensor(rows, dtype=torch.int64).reshape(shape)
 
 
+def _documents_that_return(segments: Tensor, rng: random.Random) -> Tensor:
+    """Return segments with a negative number, or a document that returns after another one, in one row."""
+    row = segments.clone()
+    length = segments.shape[1]
+    first = rng.randint(0, length - 3)
+    numbers = rng.choice(((-1, 1, 1), (5, 6, 5), (6, 5, 6)))
+    row[rng.randrange(len(row)), first : first + 3] = torch.tensor(numbers)
+    return row
+
+
 def _from_forward(case: Case, sizes: dict[str, list[int]]) -> None:
-    """Replace what a backward gets from its forward by what the forward's reference returns."""
+    """Replace what a backward gets from its forward by what the forward returns."""
     a = case.arguments
     if case.name == "selective_scan":
         inputs = list(a.values())[2:]
         a["states"] = torch.ops.ultrazoo.selective_scan.reference(*inputs)[1]
     elif case.name == "attention":
         inputs = [a[key] for key in ("q", "k", "v", *ATTENTION)]
-        a["o"], a["lse"] = torch.ops.ultrazoo.attention.reference(*inputs)
+        a["o"], a["lse"] = torch.ops.ultrazoo.attention.default(*inputs)
     elif case.name == "bitlinear":
         a["token_scale"] = a["token_scale"].abs() + 0.01
 
@@ -162,10 +173,12 @@ def _spoil(
     x = case.arguments[key]
     if x is None:
         x = _numbers(given.kind, _shape(given, sizes), dtype, rng)
-    how = rng.choice(("dtype", "shape", "shape", "device"))
+    how = rng.choice(("dtype", "shape", "shape", "device", "numbers"))
     tensors = [g for g in signature.values() if isinstance(g, Given) and g.kind != "seed"]
     if how == "device" and given.kind != "seed" and len(tensors) > 1:  # a seed may be elsewhere
         x = x.to("meta")
+    elif how == "numbers" and given.kind == "long" and x.numel() and x.shape[1] > 2:
+        x = _documents_that_return(x, rng)
     elif how == "shape" and (shape := _wrong_shape(key, signature, list(x.shape), rng)) is not None:
         x = _numbers(given.kind, shape, x.dtype, rng).to(x.dtype)
     else:

@@ -1,6 +1,7 @@
 #include <tuple>
 
 #include "common/bind.h"
+#include "common/documents.h"
 #include "gated_linear_attention/kernels.h"
 
 namespace uz {
@@ -47,7 +48,10 @@ struct Inputs {
 };
 
 Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_gate, const Optional& segments) {
-  Inputs in(q, k, v, log_gate, segments, "gla::gated_linear_attention");
+  const char* where = "gla::gated_linear_attention";
+  const Documents documents(segments, where);
+  Inputs in(documents.close(q), documents.close(k), documents.close(v), documents.close(log_gate), documents.segments(),
+            where);
   Tensor o = empty_contiguous(v, v.scalar_type());
   if (in.items() == 0) return o;
   in.args.o = o.mutable_data_ptr();
@@ -55,14 +59,17 @@ Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
   parallel_with_scratch(
       q, in.items(), kernels.scratch_floats(in.args),
       [&](float* scratch, int64_t begin, int64_t end) { kernels.forward(in.args, scratch, begin, end); });
-  return o;
+  return documents.open(o);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_, const Tensor& q, const Tensor& k,
                                                     const Tensor& v, const Tensor& log_gate, const Optional& segments) {
-  Inputs in(q, k, v, log_gate, segments, "gla::gated_linear_attention_backward");
-  const Tensor grad = torch::stable::contiguous(grad_);
-  in.checks.tensor("grad", grad, "B, L, H, V", v.scalar_type());
+  const char* where = "gla::gated_linear_attention_backward";
+  const Documents documents(segments, where);
+  Inputs in(documents.close(q), documents.close(k), documents.close(v), documents.close(log_gate), documents.segments(),
+            where);
+  in.checks.tensor("grad", grad_, "B, L, H, V", v.scalar_type());
+  const Tensor grad = torch::stable::contiguous(documents.close(grad_));
   Tensor dq = empty_contiguous(q, q.scalar_type()), dk = empty_contiguous(k, k.scalar_type());
   Tensor dv = empty_contiguous(v, v.scalar_type()), dlog_gate = empty_contiguous(log_gate, log_gate.scalar_type());
   if (in.items() > 0) {
@@ -79,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_, const T
         q, in.items(), kernels.backward_scratch_floats(args),
         [&](float* scratch, int64_t begin, int64_t end) { kernels.backward(args, scratch, begin, end); });
   }
-  return {dq, dk, dv, dlog_gate};
+  return {documents.open(dq), documents.open(dk), documents.open(dv), documents.open(dlog_gate)};
 }
 
 }  // namespace
