@@ -105,9 +105,9 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> LoadedConf
     """
     path = _find(source)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}; expected a YAML file") from error
+        raise ConfigError(f"{path}: cannot be read: {error}; expected a YAML file in UTF-8") from error
     data = parse_yaml(text, str(path))
     if data is None:
         data = {}
