@@ -31,9 +31,9 @@ def default_cache_dir() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "ultrazoo" / "data"
 
 
-def cache_folder(cache_dir: Path, source: ParquetSource, vocabulary: Vocabulary) -> Path:
+def cache_folder(cache_dir: Path, fingerprint: str, vocabulary: Vocabulary) -> Path:
     """Return the folder named by a hash of all that the tokens depend on."""
-    facts = json.dumps([FORMAT, source.fingerprint, vocabulary.sha256])
+    facts = json.dumps([FORMAT, fingerprint, vocabulary.sha256])
     return cache_dir / hashlib.sha256(facts.encode()).hexdigest()[:24]
 
 
@@ -138,7 +138,7 @@ class _ShardWriter:
     ) -> None:
         self.folder, self.source, self.encoder = folder, source, encoder
         self.rows_at_once, self.vocabulary, self.progress = rows_at_once, vocabulary, progress
-        self.reader = RowReader(source)
+        self.reader = RowReader(source, keeping=True)
 
     def write(self, number: int, first: int) -> dict[str, Any]:
         """Write the shard that begins with row group ``first``; its record is written last and makes it count."""
