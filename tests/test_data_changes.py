@@ -305,3 +305,8 @@ def test_a_run_of_an_earlier_version_keeps_its_files(tmp_path: Path) -> None:
     state = as_json(resumed.state_dict())
     assert state["discovery"] == 1
     build_data(settings(tmp_path), 8192, lines.append, resumed=state).load_state_dict(state)
+    for name in ("discovery", "hashing"):
+        with pytest.raises(
+            DataError, match=rf"data state: got {name} 99, expected at most 2; it is of a later version"
+        ):
+            build_data(settings(tmp_path), 8192, lines.append, resumed=state | {name: 99})

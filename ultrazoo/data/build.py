@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ultrazoo.data.cache import build_cache, cache_folder, default_cache_dir, defect_of
-from ultrazoo.data.digests import Digests
+from ultrazoo.data.digests import HASHING, Digests
 from ultrazoo.data.finding import DISCOVERY, summary
 from ultrazoo.data.module import DataModule
 from ultrazoo.data.reading import reasons
@@ -50,7 +50,7 @@ def build_data(
         training.max_samples,
         training.on_bad_data,
         digests=Digests(cache_dir / "digests"),
-        discovery=DISCOVERY if resumed is None else resumed.get("discovery", 1),
+        discovery=_discovery_of(resumed),
         console=console,
     )
     _say_what_was_found(source, console)
@@ -75,6 +75,19 @@ def build_data(
     if data.left_out:
         console(f"data: skipped {data.left_out}")
     return data
+
+
+def _discovery_of(resumed: Mapping[str, Any] | None) -> int:
+    """The revision of the rules of which files are read; a saved state without one is of the first."""
+    if resumed is None:
+        return DISCOVERY
+    for name, latest in (("discovery", DISCOVERY), ("hashing", HASHING)):
+        if (saved := resumed.get(name, 1)) > latest:
+            raise DataError(
+                f"data state: got {name} {saved}, expected at most {latest}; it is of a later version of ultrazoo; "
+                "resume with that version"
+            )
+    return resumed.get("discovery", 1)
 
 
 def _say_what_was_found(source: ParquetSource, console: Callable[[str], None]) -> None:

@@ -44,7 +44,7 @@ def defect_of(folder: Path) -> str | None:
         return first_changed(folder, manifest["files"])
     except OSError:
         return "not complete"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "manifest.json is damaged"
 
 
@@ -52,7 +52,7 @@ def _job_of(folder: Path) -> str | None:
     """Return the job that a cache was made for; None where it is not known."""
     try:
         return json.loads((folder / "manifest.json").read_bytes())["job"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -119,7 +119,7 @@ def _finished(aside: Path) -> list[dict[str, Any]]:
             record = json.loads((aside / f"shard-{len(records):05d}.json").read_bytes())
             if first_changed(aside, record["files"]) is not None:
                 return records
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return records
         records.append(record)
 

@@ -95,7 +95,7 @@ class Digests:
         try:
             kept = json.loads(record.read_bytes())
             return str(kept["sha256"]) if kept["identity"] == [*identity] else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None  # none yet, or damaged: the file is hashed
 
     def _remember(self, record: Path, path: Path, identity: Identity, digest: str) -> None:
