@@ -90,7 +90,8 @@ class _CacheFile:
         self.path, self.size, self.dtype = path, size, np.dtype(dtype)
         with cache_errors(path):
             self._file = path.open("rb", buffering=0)
-        self._require_size(os.fstat(self._file.fileno()).st_size)
+        if self._size() != size:
+            raise self._cut_short()
 
     def __reduce__(self) -> tuple[type[_CacheFile], tuple[Path, int, str]]:
         return _CacheFile, self._arguments
@@ -108,16 +109,18 @@ class _CacheFile:
         with cache_errors(self.path):
             while rest := wanted - len(content):
                 if not (more := os.pread(self._file.fileno(), rest, first + len(content))):
-                    self._require_size(first + len(content))
+                    raise self._cut_short()
                 content += more
         return np.frombuffer(content, self.dtype)
 
-    def _require_size(self, size: int) -> None:
-        if size != self.size:
-            raise DataError(
-                f"{self.path}: has {size} bytes, expected {self.size}: the cache was changed while it was in use; "
-                "resume the run, which builds a damaged cache again"
-            )
+    def _size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
+    def _cut_short(self) -> DataError:
+        return DataError(
+            f"{self.path}: has {self._size()} bytes, expected {self.size}: the cache was changed while it was in use; "
+            "resume the run, which builds a damaged cache again"
+        )
 
 
 class TokenStore:
