@@ -32,7 +32,7 @@ def read_metrics(run_dir: Path) -> list[Record]:
     """
     path = run_dir / "metrics.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read: {error.strerror}; expected the folder of a run, such as runs/embbert"

@@ -150,7 +150,7 @@ def _rehearse(config: Config, run_dir: Path) -> None:
     """Build the model, run one full row forwards and backwards on the CPU, and print what was built."""
     import torch
 
-    from ultrazoo.data.finding import find_files
+    from ultrazoo.data.finding import find_files, summary
     from ultrazoo.errors import NonFiniteError
     from ultrazoo.model import build_model, parameter_table
     from ultrazoo.train.memory import memory_told
@@ -158,7 +158,9 @@ def _rehearse(config: Config, run_dir: Path) -> None:
     from ultrazoo.train.run import require_packages
 
     require_packages(config.training)
-    files, _ = find_files(config.training.local_parquet_dir)
+    found = find_files(config.training.local_parquet_dir)
+    if found.skipped:
+        say(f"data: skipped {summary(found.skipped, found.root)}")
     with memory_told():
         torch.manual_seed(config.training.seed)
         model = build_model(config.model)
@@ -182,7 +184,7 @@ def _rehearse(config: Config, run_dir: Path) -> None:
         ("", ""),
         [
             ("run folder", str(run_dir)),
-            ("data", f"{len(files):,} file(s): {config.training.local_parquet_dir or 'the embedded corpus'}"),
+            ("data", f"{len(found.files):,} file(s): {config.training.local_parquet_dir or 'the embedded corpus'}"),
             ("optimiser", optimizer),
             ("tokens per step", f"{per_step} rows x {length} = {per_step * length:,}"),
             ("one random row", f"forwards and backwards, loss {loss.item():.2f}"),

@@ -85,7 +85,7 @@ def read_vocabulary(path: Path, vocab_size: int, where: str) -> Vocabulary:
         ConfigError: No such file, not a tokenizer, a special token missing, or an id outside the model's vocabulary.
     """
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode("utf-8-sig")
         tokenizer = Tokenizer.from_str(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where}: {path} cannot be read ({error}); expected the path of a tokenizer.json") from error
@@ -199,7 +199,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def sample(source: ParquetSource, console: Callable[[str], None]) -> Iterator[str]:
     """Yield usable texts up to TRAINING_BYTES, from all over the source: a run of rows from each row group in turn."""
-    reader, skipped, taken = RowReader(source), Counter[str](), 0
+    reader, skipped, taken = RowReader(source, keeping=True), Counter[str](), 0
     progress = Progress("reading text for the tokenizer", source.num_rows, console)
     runs = [
         [Span(unit, start, min(start + READ_ROWS, rows)) for start in range(0, rows, READ_ROWS)]

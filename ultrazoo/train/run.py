@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ultrazoo.data.batch import Share
 from ultrazoo.model import build_model
 from ultrazoo.revisions import current_revisions, notes_on
 from ultrazoo.train.agree import TeamGuard, TeamStore
-from ultrazoo.train.checkpoint import load_model, read_config
+from ultrazoo.train.checkpoint import load_model, read_config, read_state
 from ultrazoo.train.display import PlainDisplay, final_table, make_display
 from ultrazoo.train.folder import RunFolder
 from ultrazoo.train.galore import load_projector
@@ -99,13 +100,14 @@ def train(
         team.leader_says(store.tidy)
         job = team.leader_says(lambda: uuid.uuid4().hex)
         revisions = current_revisions() if start is None else revisions_of(start)
-        data = team.in_turn(lambda: build_data(training, config.model.vocab_size, say, job, revisions))
+        saved: Mapping[str, Any] | None = None if start is None else read_state(start)["data"]
+        data = team.in_turn(lambda: build_data(training, config.model.vocab_size, say, job, revisions, saved))
         data.share = Share(team.rank, team.size)
         if weights is not None:
             check_weights(weights, config, tokenizer_sha256=data.tokenizer_sha256)
         changed: list[str] = []
-        if start is not None:
-            hashes = {"tokenizer_sha256": data.tokenizer_sha256, "data_fingerprint": data.fingerprint}
+        if start is not None and saved is not None:
+            hashes = {"tokenizer_sha256": data.tokenizer_sha256, "data_fingerprint": data.fingerprint_as_in(saved)}
             alike = spelled_as(config.training, read_config(start).get("training", {}))
             changed = check_match(start, config.model_copy(update={"training": alike}), **hashes)
             for note in changed:
