@@ -12,10 +12,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ultrazoo.arguments import file_path, list_of
 from ultrazoo.data.finding import files_below
 from ultrazoo.data.progress import Progress
 from ultrazoo.data.reading import clean, reasons
-from ultrazoo.errors import DataError, did_you_mean
+from ultrazoo.errors import ArgumentTypeError, DataError, did_you_mean
 
 TEXT_SUFFIXES, JSON_SUFFIXES = (".txt", ".text"), (".jsonl", ".ndjson")
 GROUP_ROWS, GROUP_BYTES = 2000, 4 << 20
@@ -54,11 +55,16 @@ def convert_to_parquet(
 
     Raises:
         DataError: No input, an input of another kind, no usable document, or an output that cannot be written.
+        ArgumentError: ``inputs`` is one path and no list, something is no path, or ``text_key`` is no str.
     """
-    target = Path(output).expanduser()
+    items = list_of("inputs", inputs, "paths")
+    paths = [file_path(f"inputs[{place}]", item).expanduser() for place, item in enumerate(items)]
+    if not isinstance(text_key, str):
+        raise ArgumentTypeError(f"text_key: got {text_key!r}, expected the name of a key")
+    target = file_path("output", output).expanduser()
     if target.exists() and not overwrite:
         raise DataError(f"{target}: exists already; expected a new file; name another one, or ask to overwrite it")
-    files = _find([Path(item).expanduser() for item in inputs])
+    files = _find(paths)
     total = sum(file.stat().st_size for file in files)
     progress = Progress("converting", total, console or (lambda line: None))
     skipped: Counter[str] = Counter()
