@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ultrazoo.arguments import file_path
 from ultrazoo.config.needs import missing
 from ultrazoo.errors import CheckpointError
 from ultrazoo.train.checkpoint import MODEL, OPTIMIZER, RECEIPT, read_config, read_state, verify_checkpoint
@@ -73,7 +74,7 @@ class RunReport:
         return [report.problem for report in self.checkpoints if report.problem is not None]
 
 
-def inspect_path(path: Path) -> CheckpointReport | RunReport:
+def inspect_path(path: str | Path) -> CheckpointReport | RunReport:
     """Look into a checkpoint or a run folder.
 
     Args:
@@ -81,7 +82,9 @@ def inspect_path(path: Path) -> CheckpointReport | RunReport:
 
     Raises:
         CheckpointError: It is neither.
+        ArgumentError: It is no path.
     """
+    path = file_path("path", path)
     if (path / MANIFEST).is_file() or (path / MODEL).is_file():
         return inspect_checkpoint(path)
     root = path if path.name == "checkpoints" else path / "checkpoints"
