@@ -37,6 +37,7 @@ class TrainingConfig(Options):
     max_length: int = Field(128, ge=8, description="Tokens per row.")
     max_samples: int | None = Field(None, ge=1, le=2**63 - 1, description="Most Parquet rows to use.")
     mlm_probability: float = Field(0.15, gt=0, lt=1, description="Share of tokens to predict.")
+    eval_mlm_probability: float = Field(0.15, gt=0, lt=1, description="Share of tokens that validation predicts.")
     whole_word_masking: bool = Field(False, description="Mask whole words.")
     pack_sequences: bool = Field(True, description="Several documents per row, kept apart by segments.")
     shuffle: bool = Field(True, description="Shuffle by seed; false keeps the files' order.")

@@ -24,6 +24,7 @@ from ultrazoo.data.tokenizer import Vocabulary
 from ultrazoo.data.validation import VALIDATION, held_out_documents
 from ultrazoo.data.windows import Window, WindowDataset, iterate
 from ultrazoo.errors import DataError
+from ultrazoo.revisions import Revisions, current_revisions
 
 if TYPE_CHECKING:
     from ultrazoo.config import TrainingConfig
@@ -47,6 +48,7 @@ class DataModule:
         store: Where documents come from.
         training: The config's training section.
         console: Takes lines about skipped rows.
+        revisions: Rules of the run; None: those of a new one.
 
     Raises:
         DataError: There is no row to train on.
@@ -60,10 +62,15 @@ class DataModule:
         store: Store,
         training: TrainingConfig,
         console: Callable[[str], None],
+        revisions: Revisions | None = None,
     ) -> None:
         self.source, self.vocabulary, self.store, self.training = source, vocabulary, store, training
-        words = word_table(vocabulary) if training.whole_word_masking else None
+        self.revisions = current_revisions() if revisions is None else revisions
+        words = word_table(vocabulary, self.revisions["whole_words"]) if training.whole_word_masking else None
         self._masker = Masker(vocabulary, training.mlm_probability, words)
+        fixed = self.revisions["validation_masks"] > 1
+        eval_probability = training.eval_mlm_probability if fixed else training.mlm_probability
+        self._eval_masker = Masker(vocabulary, eval_probability, words)
         self._frame = Frame(training.max_length, vocabulary.pad, vocabulary.cls, vocabulary.sep)
         plan = Plan(
             source.unit_rows,
@@ -281,7 +288,7 @@ class DataModule:
         states = draws(key(MASKS, VALIDATION), np.arange(len(tokens)))
         batches = [slice(start, start + size) for start in range(0, len(tokens), size)][: training.eval_max_batches]
         parts = [(tokens[rows], segments[rows], states[rows]) for rows in batches]
-        return [make_batch(*part, self._masker, self.share) for part in parts]
+        return [make_batch(*part, self._eval_masker, self.share) for part in parts]
 
     def validation_batches(self) -> list[Batch]:
         """Return at most ``eval_max_batches`` batches of held-out rows; the same, masks included, for every seed.
@@ -295,13 +302,15 @@ class DataModule:
     def unigram_counts(self) -> NDArray[np.int64]:
         """(tokenizer's size,) how often each token occurs, special tokens left out.
 
-        Over all tokens where there is a cache; else over the held-out ones and a window of the others.
+        Over all rows that are trained on if there is a cache; otherwise over one window of them. Rule
+        ``unigram_counts``, revision 1: with the held-out rows.
         """
+        with_held_out = self.revisions["unigram_counts"] == 1
         if isinstance(self.store, TokenStore):
-            counts = self.store.counts
+            counts = self.store.counts - (0 if with_held_out else self.store.held_out_counts())
         else:
-            seen = np.concatenate([self._held_out.ids, self._sample[1].ids])
-            counts = np.bincount(seen, minlength=self.vocabulary.size)
+            parts = [self._held_out.ids] if with_held_out else []
+            counts = np.bincount(np.concatenate([*parts, self._sample[1].ids]), minlength=self.vocabulary.size)
         return np.where(self.vocabulary.is_special, 0, counts).astype(np.int64)
 
     @cached_property

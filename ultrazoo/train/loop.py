@@ -16,6 +16,7 @@ import ultrazoo
 from ultrazoo.config import Config
 from ultrazoo.errors import DataError, NonFiniteError
 from ultrazoo.model import MaskedLM
+from ultrazoo.revisions import Revisions, current_revisions
 from ultrazoo.train.agree import flight_recorder
 from ultrazoo.train.amp import make_precision
 from ultrazoo.train.checkpoint import Snapshot, read_state
@@ -51,6 +52,7 @@ class Trainer:
         store: Where checkpoints go.
         display: What the user sees.
         team: The processes that train together; None: this one alone.
+        revisions: Rules of the run; None: those of a new one.
     """
 
     def __init__(
@@ -62,10 +64,12 @@ class Trainer:
         store: CheckpointStore,
         display: Display,
         team: Team | None = None,
+        revisions: Revisions | None = None,
     ) -> None:
         self.config, self.training = config, config.training
         self.model, self.data, self.plan, self.store, self.display = model, data, plan, store, display
         self.team = team or Team()
+        self.revisions = current_revisions() if revisions is None else revisions
         self.stepped, self.parameters = self.team.take(model)
         self.names: dict[Tensor, str] = {p: name for name, p in self.parameters}
         self.device = self.parameters[0][1].device
@@ -75,7 +79,7 @@ class Trainer:
         display.say(summary)
         self.precision = make_precision(self.device, self.training.use_amp)
         self.finite = FiniteGuard(self.training.nan_check_interval, self.device)
-        self.flights = flight_recorder(self.team, store.root.parent / "flight", config, self.device)
+        self.flights = flight_recorder(self.team, store.root.parent / "flight", config, self.device, self.revisions)
         self.recovery = Recovery(self.training, self.finite, self.flights, store, display.say)
         self.watch = Watch(config.model.top_k_experts)
         self.progress, self.window = Progress(), Window()
@@ -234,6 +238,7 @@ class Trainer:
         self.team.leader_says(lambda: require_finite({**model, **optimizer}, f"step {step}"))
         state = {
             "run": self.run_id,
+            "revisions": dict(self.revisions),
             "step": step,
             "epoch": self.data.epoch,
             "validation_loss": self.progress.validation_loss,

@@ -14,6 +14,7 @@ from ultrazoo.data.batch import Batch
 from ultrazoo.errors import ConfigError
 from ultrazoo.model import build_model
 from ultrazoo.ops.library import kernel_policy
+from ultrazoo.revisions import saved_revisions
 from ultrazoo.train.amp import Precision
 from ultrazoo.train.checkpoint import load_model, read_config
 from ultrazoo.train.examine import Examination, examine
@@ -91,7 +92,7 @@ def replay(
         device: A device; None: as recorded if it is there, else the CPU.
 
     Raises:
-        UltrazooError: The record is missing or damaged.
+        UltrazooError: The record is missing or damaged, or made under rules that this version cannot follow.
         ConfigError: An argument or the record's config cannot be used here.
         KernelUnavailableError: ``compiled`` kernels are asked for and there are none.
     """
@@ -101,6 +102,7 @@ def replay(
     folder = file_path("folder", folder)
     flight = read_flight(folder)
     record, config = flight.record, config_from_dict(read_config(folder), str(folder))
+    saved_revisions(folder, record.get("revisions", {}), config.to_dict())
     used = _in_use(record["kernel_policy"], record["kernels"])
     recorded = Way(used, record["dtype"], record["environment"]["device"])
     wide = (dtype or recorded.dtype) == "float64"
