@@ -8,8 +8,12 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from cli_parts import call, write_config
 from data_files import TOKENIZER
+from test_verify import change_state
 from tokenizer_parts import vocabulary_of
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -20,6 +24,8 @@ from ultrazoo.data.packing import Documents, Frame, pack
 from ultrazoo.data.randomness import draws, key
 from ultrazoo.data.tokenizer import Vocabulary, read_vocabulary, train
 from ultrazoo.data.words import LONGEST, is_unspaced
+from ultrazoo.revisions import RULES, current_revisions
+from ultrazoo.train.verify import verify_run
 
 SIGNS = "天地玄黃宇宙洪荒日月盈昃辰宿列張寒來暑往秋收冬藏閏餘成歲律呂調陽雲騰致雨露結為霜金生麗水玉出崑岡"
 KANA = "ひらがなとカタカナがまざったぶんしょうです"
@@ -182,9 +188,24 @@ def test_documents_and_special_tokens_part_words() -> None:
     assert starts.tolist() == [[True, False, True, True, True, False]]
 
 
-def test_the_first_rule_is_kept_for_runs_that_began_with_it() -> None:
+def test_a_run_that_began_under_the_first_rule_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_config(tmp_path)
+    pq.write_table(pa.table({"text": sentences(SIGNS)}), tmp_path / "texts.parquet")
+    sets = ("--set", "training.whole_word_masking=true", "--set", "training.max_steps=2")
+    with monkeypatch.context() as patch:
+        patch.setattr("ultrazoo.train.run.current_revisions", lambda: current_revisions() | {"whole_words": 1})
+        assert call("train", config, "--output-dir", tmp_path / "run", *sets) == 0
+    found = verify_run(tmp_path / "run")
+    assert found is not None and found.first_difference is None
+    change_state(tmp_path / "run/checkpoints/step-000002", revisions=current_revisions())
+    found = verify_run(tmp_path / "run")
+    assert found is not None and found.differ["weights"]
+
+
+def test_the_first_rule_parts_words_as_it_did() -> None:
     text = "el corazón, 日本 no"
     ids = np.array([SHIPPED.tokenizer().encode(text, add_special_tokens=False).ids])
     segments = np.ones_like(ids)
-    first, latest = word_table(SHIPPED, 1).word_starts(ids, segments), word_table(SHIPPED).word_starts(ids, segments)
-    assert WORD_RULE == 2 and first.sum() == latest.sum() - 1
+    first, latest = (word_table(SHIPPED, revision).word_starts(ids, segments) for revision in (1, WORD_RULE))
+    assert first.sum() == latest.sum() - 1
+    assert RULES["whole_words"].current == WORD_RULE == 2
