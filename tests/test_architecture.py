@@ -17,7 +17,14 @@ MODULES = {
 }
 LAYERS = [
     ["ultrazoo.errors"],
-    ["ultrazoo.spec", "ultrazoo.presets", "ultrazoo.verdicts", "ultrazoo.options", "ultrazoo.revisions"],
+    [
+        "ultrazoo.spec",
+        "ultrazoo.presets",
+        "ultrazoo.verdicts",
+        "ultrazoo.options",
+        "ultrazoo.arguments",
+        "ultrazoo.revisions",
+    ],
     ["ultrazoo.ops"],
     ["ultrazoo.hookspecs", "ultrazoo.offers", "ultrazoo.plugins", "ultrazoo.registry", "ultrazoo"],
     ["ultrazoo.nn"],

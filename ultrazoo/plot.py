@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ultrazoo.arguments import file_path
 from ultrazoo.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ PANELS = {
 }
 
 
-def read_metrics(run_dir: Path) -> list[Record]:
+def read_metrics(run_dir: str | Path) -> list[Record]:
     """Return the records of a run in the order of their steps.
 
     Where a resumed run repeated steps, the later record of each counts. A last line that was cut off while it was being
@@ -29,8 +30,9 @@ def read_metrics(run_dir: Path) -> list[Record]:
 
     Raises:
         DataError: There is no metrics.jsonl, a line is not a record, or there is none.
+        ArgumentError: ``run_dir`` is no path.
     """
-    path = run_dir / "metrics.jsonl"
+    path = file_path("run_dir", run_dir) / "metrics.jsonl"
     try:
         lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     except OSError as error:
@@ -57,7 +59,7 @@ def series(records: Sequence[Record], name: str) -> tuple[list[int], list[float]
     return [step for step, _ in found], [float(value) for _, value in found]
 
 
-def plot_run(run_dir: Path, output: Path) -> Path:
+def plot_run(run_dir: str | Path, output: str | Path) -> Path:
     """Draw loss, learning rate, gradient norm and tokens per second over the steps of a run to a PNG.
 
     Args:
@@ -66,7 +68,9 @@ def plot_run(run_dir: Path, output: Path) -> Path:
 
     Raises:
         DataError: The run has no records, or the file cannot be written.
+        ArgumentError: ``run_dir`` or ``output`` is no path.
     """
+    run_dir, output = file_path("run_dir", run_dir), file_path("output", output)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ultrazoo.arguments import file_path, list_of
 from ultrazoo.config import needs
 from ultrazoo.config.model import ModelConfig
 from ultrazoo.config.overrides import apply_override
@@ -102,7 +103,10 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> LoadedConf
 
     Raises:
         ConfigError: Every problem of the file and the overrides, one line each.
+        ArgumentError: ``source`` is no path, or ``overrides`` is one str and no list.
     """
+    items = list_of("overrides", overrides, "overrides such as 'training.batch_size=8'")
+    file_path("source", source)
     path = _find(source)
     data = read_yaml(path)
     if data is None:
@@ -112,7 +116,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> LoadedConf
             f"{path}: got {type(data).__name__}, expected sections model_class, plugins, model and training"
         )
     from_file = set(_leaves(data))
-    overridden = [apply_override(data, item) for item in overrides]
+    overridden = [apply_override(data, item) for item in items]
     config = config_from_dict(data, str(path))
     changed = {
         path for dotted in overridden for path in _leaves(config.to_dict()) if (path + ".").startswith(dotted + ".")

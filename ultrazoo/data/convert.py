@@ -13,10 +13,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ultrazoo.arguments import file_path, list_of
 from ultrazoo.data.finding import EMPTY, NAMED, files_below, once, summary
 from ultrazoo.data.progress import Progress
 from ultrazoo.data.reading import clean, reasons
-from ultrazoo.errors import DataError, did_you_mean
+from ultrazoo.errors import ArgumentTypeError, DataError, did_you_mean
 
 TEXT_SUFFIXES, JSON_SUFFIXES = (".txt", ".text"), (".jsonl", ".ndjson")
 BOM, OTHER_BOMS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
@@ -63,11 +64,15 @@ def convert_to_parquet(
 
     Raises:
         DataError: No input, an input of another kind, no usable document, or an output that cannot be written.
+        ArgumentError: ``inputs`` is one path and no list, something is no path, or ``text_key`` is no str.
     """
-    target = Path(output).expanduser()
+    items = list_of("inputs", inputs, "paths")
+    paths = [file_path(f"inputs[{place}]", item).expanduser() for place, item in enumerate(items)]
+    if not isinstance(text_key, str):
+        raise ArgumentTypeError(f"text_key: got {text_key!r}, expected the name of a key")
+    target = file_path("output", output).expanduser()
     if target.exists() and not overwrite:
         raise DataError(f"{target}: exists already; expected a new file; name another one, or ask to overwrite it")
-    paths = [Path(item).expanduser() for item in inputs]
     ignored: dict[Path, str] = {}
     files = _find(paths, ignored)
     total = sum(file.stat().st_size for file in files)

@@ -67,7 +67,7 @@ class DataModule:
     ) -> None:
         self.source, self.vocabulary, self.store, self.training = source, vocabulary, store, training
         self.revisions = current_revisions() if revisions is None else revisions
-        words = word_table(vocabulary) if training.whole_word_masking else None
+        words = word_table(vocabulary, self.revisions["whole_words"]) if training.whole_word_masking else None
         self._masker = Masker(vocabulary, training.mlm_probability, words)
         fixed = self.revisions["validation_masks"] > 1
         eval_probability = training.eval_mlm_probability if fixed else training.mlm_probability

@@ -35,6 +35,7 @@ from ultrazoo.train.galore import state_shapes
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 CONFIG, TOKENIZER, RECEIPT = "config.yaml", "tokenizer.json", "receipt.json"
 FILES = (MODEL, OPTIMIZER, STATE, CONFIG, TOKENIZER)
+WEIGHTS = (MODEL, CONFIG, TOKENIZER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,15 @@ def verify_checkpoint(folder: Path) -> None:
         CheckpointError: A file is missing, cut short or changed, or the format is of another version.
     """
     verify_folder(folder, FILES)
+
+
+def verify_weights(folder: Path) -> None:
+    """Compare the weights, their config and tokenizer with the manifest; the other files may be missing.
+
+    Raises:
+        CheckpointError: One of the three is missing, cut short or changed, or the format is of another version.
+    """
+    verify_folder(folder, WEIGHTS, alone=True)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

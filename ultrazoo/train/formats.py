@@ -99,6 +99,7 @@ class State(TypedDict, total=False):
     watch: Watched
     finite: dict[str, int]
     data: Position
+    revisions: dict[str, Annotated[int, Field(ge=1)]]
     tokenizer_sha256: str
     data_fingerprint: str
     rng: Random

@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from ultrazoo.arguments import file_path
 from ultrazoo.config.needs import missing
 from ultrazoo.errors import CheckpointError
 from ultrazoo.revisions import RULES
@@ -78,7 +79,7 @@ class RunReport:
         return [report.problem for report in self.checkpoints if report.problem is not None]
 
 
-def inspect_path(path: Path) -> CheckpointReport | RunReport:
+def inspect_path(path: str | Path) -> CheckpointReport | RunReport:
     """Look into a checkpoint or a run folder.
 
     Args:
@@ -86,7 +87,9 @@ def inspect_path(path: Path) -> CheckpointReport | RunReport:
 
     Raises:
         CheckpointError: It is neither.
+        ArgumentError: It is no path.
     """
+    path = file_path("path", path)
     if (path / MANIFEST).is_file() or (path / MODEL).is_file():
         return inspect_checkpoint(path)
     root = path if path.name == "checkpoints" else path / "checkpoints"

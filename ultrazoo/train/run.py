@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from ultrazoo.arguments import file_path
 from ultrazoo.config import Config, TrainingConfig
 from ultrazoo.config.paths import anchored, spelled_as
 from ultrazoo.data import build_data
@@ -52,7 +53,7 @@ def require_packages(training: TrainingConfig) -> None:
 def train(
     config: Config,
     *,
-    run_dir: Path,
+    run_dir: str | Path,
     resume: str | None = None,
     weights_only: bool = False,
     profile: range | None = None,
@@ -79,7 +80,9 @@ def train(
         StoppedError: A signal ended the run; its checkpoint is written.
         LostProcessError: Of the processes that torchrun started, one is gone or does not answer.
         FollowerError: The first of them ended, and says why.
+        ArgumentError: ``run_dir`` is no path.
     """
+    run_dir = file_path("run_dir", run_dir)
     config = config.model_copy(update={"training": anchored(config.training)})
     with memory_told(), ExitStack() as stack:
         team, training = stack.enter_context(joined(config.training))

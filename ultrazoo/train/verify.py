@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 import ultrazoo
+from ultrazoo.arguments import file_path, whole_number
 from ultrazoo.config import config_from_dict
 from ultrazoo.data import build_data
 from ultrazoo.data.batch import Share
@@ -128,7 +129,7 @@ class _Watch(SignalGuard):
         return step in self.originals
 
 
-def verify_run(run_dir: Path, *, steps: int | None = None, say: Say = lambda line: None) -> Verification | None:
+def verify_run(run_dir: str | Path, *, steps: int | None = None, say: Say = lambda line: None) -> Verification | None:
     """Take the steps up to a run's newest checkpoint again and compare; nothing in the run folder changes.
 
     A run of several processes needs as many again, started by torchrun.
@@ -145,7 +146,10 @@ def verify_run(run_dir: Path, *, steps: int | None = None, say: Say = lambda lin
         ConfigError: A trainer is in the folder, or the config cannot be used here.
         CheckpointError: A checkpoint is damaged, or the steps between cannot be repeated, with the reason.
         DataError: The data cannot be read.
+        ArgumentError: ``run_dir`` is no path, or ``steps`` is below 1.
     """
+    run_dir = file_path("run_dir", run_dir)
+    steps = None if steps is None else whole_number("steps", steps, least=1)
     if not run_dir.is_dir():
         raise CheckpointError(f"{run_dir}: no such folder; expected a run folder such as runs/embbert")
     with memory_told(), ExitStack() as stack:
