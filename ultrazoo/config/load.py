@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 from ultrazoo.config import needs
 from ultrazoo.config.model import ModelConfig
 from ultrazoo.config.overrides import apply_override
+from ultrazoo.config.paths import at_home
 from ultrazoo.config.problems import ProblemsError, problems_of
 from ultrazoo.config.training import TrainingConfig
 from ultrazoo.config.yaml import dump_yaml, parse_yaml
@@ -115,6 +116,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> LoadedConf
         raise ConfigError(
             f"{path}: got {type(data).__name__}, expected sections model_class, plugins, model and training"
         )
+    data, moved = at_home(data, path)
     from_file = set(_leaves(data))
     overridden = [apply_override(data, item) for item in overrides]
     config = config_from_dict(data, str(path))
@@ -130,6 +132,8 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> LoadedConf
         for line in config.model.notices() + config.training.notices()
         if origins.get(line.split(":")[0]) != "default"
     ]
+    if moved and origins["training.output_dir"] != "command line":
+        notices.append(moved)
     return LoadedConfig(config=config, name=path.stem, origins=origins, notices=notices)
 
 

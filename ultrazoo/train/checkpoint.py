@@ -26,9 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ultrazoo.config.paths import at_home
 from ultrazoo.config.yaml import parse_yaml
 from ultrazoo.errors import CheckpointError, ConfigError
-from ultrazoo.train.durable import publish, read_json, to_json, verify_folder
+from ultrazoo.train.durable import publish, read_bytes, read_json, to_json, verify_folder
 from ultrazoo.train.galore import state_shapes
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -86,19 +87,19 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return config.yaml of a checkpoint as plain data.
+    """Return config.yaml of a checkpoint or flight record as plain data, with its paths where its run folder is now.
 
     Raises:
         CheckpointError: The file is missing or is not a config.
     """
     path = folder / CONFIG
     try:
-        data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        data = parse_yaml(read_bytes(path).decode(), str(path))
     except (OSError, UnicodeDecodeError, ConfigError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}; use another checkpoint") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: got {type(data).__name__}, expected a config; use another checkpoint")
-    return data
+    return at_home(data, path)[0]
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -89,7 +89,7 @@ def train(
         require_packages(training)
         folder = RunFolder(run_dir)
         team.leader_says(lambda: stack.enter_context(folder) and None)
-        team.leader_says(lambda: folder.mend(say))
+        team.leader_says(lambda: folder.claim(config.to_yaml(), training.tokenizer, say))
         device = stack.enter_context(prepared(training))
         store = CheckpointStore(folder.checkpoints, training.max_rolling_checkpoints, training.num_best_checkpoints)
         start = None if weights_only else team.leader_says(lambda: find_checkpoint(resume, store, say))
@@ -135,8 +135,9 @@ def train(
         receipt["weights_from"] = str(weights.resolve()) if weights else None
         receipt["changed"], receipt["plan"] = changed, plan_of(training)
         receipt["processes"], receipt["distributed"] = team.size, team.kind
+        receipt["run_dir"] = str(run_dir.absolute())
+        team.leader_says(lambda: folder.describe(config.to_yaml(), data.vocabulary.text, receipt, display.say))
         if team.leads:
-            folder.describe(config.to_yaml(), data.vocabulary.text, receipt)
             trainer.reporters.append(JsonLines(folder.metrics))
             if "tensorboard" in training.report_to:
                 trainer.reporters.append(TensorBoard(run_dir, step, kept))
