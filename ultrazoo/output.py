@@ -99,15 +99,14 @@ class _Results(_Stream):
         ) from error
 
 
-def _replaced(stream: TextIO | None, number: int, kind: type[_Stream]) -> TextIO | None:
+def _replaced(stream: TextIO | None, number: int, kind: type[_Stream]) -> TextIO:
     """Return a stream of ``kind`` for a file descriptor, or the given one if it is another's, such as a notebook's."""
-    try:
-        own = stream is None or stream.fileno() == number
-    except (OSError, ValueError):  # not a file, or closed
-        own = False
-    if not own:
-        return stream
     if stream is not None:
+        try:
+            if stream.fileno() != number:
+                return stream
+        except (OSError, ValueError):  # no file, or closed
+            return stream
         with suppress(OSError):
             stream.flush()
     return io.TextIOWrapper(
@@ -119,15 +118,16 @@ def _replaced(stream: TextIO | None, number: int, kind: type[_Stream]) -> TextIO
     )
 
 
-def install() -> None:
-    """Prepare the streams of a command: standard output takes its results, standard error its messages.
-
-    A descriptor that is closed is opened on the null device: the next file that is opened would otherwise get its
-    number, and whatever is printed.
-    """
+def _open_closed() -> None:
+    """Open descriptors that are closed on the null device; the next file would get the number, and what is printed."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= STDERR:
         os.set_inheritable(number, True)
     os.close(number)
+
+
+def install() -> None:
+    """Prepare the streams of a command: standard output takes its results, standard error its messages."""
+    _open_closed()
     sys.stdout = _replaced(sys.stdout, STDOUT, _Results)
     sys.stderr = _replaced(sys.stderr, STDERR, _Messages)
 
@@ -136,6 +136,7 @@ def install() -> None:
 def only_messages() -> Iterator[None]:
     """Drop what the body cannot write to standard output and standard error."""
     global _waits
+    _open_closed()
     _waits, before = True, (sys.stdout, sys.stderr)
     sys.stdout = _replaced(sys.stdout, STDOUT, _Messages)
     sys.stderr = _replaced(sys.stderr, STDERR, _Messages)
@@ -143,6 +144,5 @@ def only_messages() -> Iterator[None]:
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()
+            stream.flush()
         sys.stdout, sys.stderr = before

@@ -112,6 +112,7 @@ class CheckpointStore:
         """Point ``latest`` and ``best`` to what is there, and remove leftovers and what is no longer kept."""
         if not self.root.is_dir():
             return
+        remove_leftovers(self.root)  # which may have the names that are needed below
         complete, best = self.complete(), self.best()[: self.num_best]
         self._point("latest", complete[-1:])
         self._point("best", best[:1])
