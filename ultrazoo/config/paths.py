@@ -83,13 +83,13 @@ def at_home(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], str]:
     if home is None:
         return {**data, "training": {**training, "output_dir": None}}, ""
     given = training.get("output_dir")
-    moved = isinstance(given, str) and Path(given).expanduser().resolve() != home.resolve()
-    former = [given] if isinstance(given, str) else []
-    former += [start["run_dir"] for start in _starts(home) if isinstance(start.get("run_dir"), str)]
+    places = (given, *(start.get("run_dir") for start in _starts(home)))
+    former = [place for place in places if isinstance(place, str) and "\0" not in place]
+    elsewhere = [place for place in former if Path(place).resolve() != home.resolve()]
+    moved = given in elsewhere
     values = {**training, "output_dir": str(home) if moved or given is None else given}
-    for before in former:
-        if Path(before).expanduser().resolve() != home.resolve():
-            values |= {name: _rebased(values[name], before, home) for name in PATHS if values.get(name)}
+    for before in elsewhere:
+        values |= {name: _rebased(values[name], before, home) for name in PATHS if values.get(name)}
     note = f"training.output_dir: got {given}, but {path} belongs to the run in {home}, which is used" if moved else ""
     return {**data, "training": values}, note
 
