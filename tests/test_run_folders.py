@@ -288,8 +288,9 @@ def test_named_pipes_are_not_waited_for(run: Path, place: Path, tmp_path: Path, 
     for path in (last / "manifest.json", run / "metrics.jsonl", run / "env.json", run / "checkpoints/latest"):
         path.unlink()
         os.mkfifo(path)
-    assert call("inspect", run) == 1
-    assert "is a named pipe, expected a file" in capsys.readouterr().err
+    for command in ("inspect", "plot"):
+        assert call(command, run) == 1
+        assert "is a named pipe, expected a file" in capsys.readouterr().err
     assert call("resume", run, *LONGER) == 0
     said = capsys.readouterr().err
     assert "metrics.jsonl: got a named pipe, expected a file; moved aside as metrics.1.jsonl" in said
