@@ -15,7 +15,7 @@ from cli_parts import call, write_config
 from ultrazoo.config.load import load_config
 from ultrazoo.errors import CheckpointError
 from ultrazoo.inference import find_checkpoint
-from ultrazoo.train.durable import read_json, sha256
+from ultrazoo.train.durable import sha256
 from ultrazoo.train.folder import RunFolder
 
 Capture = pytest.CaptureFixture[str]
@@ -99,7 +99,7 @@ def test_what_lies_among_checkpoints_and_flight_records_stays(run: Path, place: 
     root, flight = run / "checkpoints", run / "flight"
     (root / "best").write_text("my favorite is 2\n")
     foreign = Path(shutil.copytree(root / "step-000002", root / "step-000001"))
-    state = read_json(foreign / "state.json") | {"run": "another"}
+    state = json.loads((foreign / "state.json").read_text()) | {"run": "another"}
     (foreign / "state.json").write_text(json.dumps(state))
     (flight / "step-notes").mkdir(parents=True)
     (flight / "step-notes/mine.txt").write_text("mine")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ultrazoo.errors import DataError
-from ultrazoo.train.durable import move_aside, odd_kind, read_bytes, write_bytes
+from ultrazoo.train.durable import move_aside, odd_kind, require_file, write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,8 @@ def read_metrics(run_dir: Path) -> list[Record]:
     """
     path = run_dir / "metrics.jsonl"
     try:
-        lines = read_bytes(path).decode(errors="replace").splitlines()
+        require_file(path)
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read: {error.strerror}; expected the folder of a run, such as runs/embbert"
@@ -52,7 +53,7 @@ def read_metrics(run_dir: Path) -> list[Record]:
         try:
             record = json.loads(line)
             merged.setdefault(operator.index(record["step"]), {}).update(record)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number == len(lines):
                 break
             raise DataError(f"{path}:{number}: got {line[:80]!r}, expected a JSON object with a step") from error

@@ -18,6 +18,8 @@ PATHS = {
     "output_dir": "runs/<name of the config>",
 }
 """Field -> what stands in for it when it is left out."""
+LONGEST_RECORD = 4 << 20
+"""Bytes of an env.json."""
 
 
 def require_path(field: str, path: str | None) -> str | None:
@@ -113,7 +115,7 @@ def _starts(folder: Path) -> list[dict[str, Any]]:
     """Return the starts in env.json of a run folder; none if it is damaged or not there."""
     path = folder / "env.json"
     try:
-        data = json.loads(path.read_bytes()) if path.is_file() else {}
+        data = json.loads(path.read_bytes()) if path.is_file() and path.stat().st_size <= LONGEST_RECORD else {}
     except (OSError, ValueError, RecursionError):
         return []
     starts = data.get("starts") if isinstance(data, dict) else None

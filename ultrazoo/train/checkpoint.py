@@ -27,9 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ultrazoo.config.paths import at_home
-from ultrazoo.config.yaml import parse_yaml
+from ultrazoo.config.yaml import read_yaml
 from ultrazoo.errors import CheckpointError, ConfigError
-from ultrazoo.train.durable import publish, read_bytes, read_json, to_json, verify_folder
+from ultrazoo.train.durable import publish, read_json, require_file, to_json, verify_folder
+from ultrazoo.train.formats import State
 from ultrazoo.train.galore import state_shapes
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -82,8 +83,12 @@ def verify_checkpoint(folder: Path) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return state.json of a checkpoint."""
-    return read_json(folder / STATE)
+    """Return state.json of a checkpoint.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    return read_json(folder / STATE, State)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -94,12 +99,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        data = parse_yaml(read_bytes(path).decode(), str(path))
-    except (OSError, UnicodeDecodeError, ConfigError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}; use another checkpoint") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: got {type(data).__name__}, expected a config; use another checkpoint")
-    return at_home(data, path)[0]
+        require_file(path)
+        data = read_yaml(path)
+    except (OSError, ConfigError) as error:
+        raise CheckpointError(f"{error}; use another checkpoint") from error
+    sections = data if isinstance(data, dict) else {"config": data}
+    for name, section in sections.items():
+        if name != "model_class" and not isinstance(section, dict):
+            got = type(section).__name__
+            raise CheckpointError(f"{path}: {name}: got {got}, expected a section; use another checkpoint")
+    return at_home(sections, path)[0]
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

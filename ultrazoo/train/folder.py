@@ -18,12 +18,12 @@ from ultrazoo.train.durable import (
     move_aside,
     odd_kind,
     open_own,
-    read_bytes,
     read_json,
     remove_leftovers,
     sha256,
     write_text,
 )
+from ultrazoo.train.formats import Manifest, Starts
 
 LOCK, ENVIRONMENT, CONFIG, TOKENIZER, METRICS = ".lock", "env.json", "config.yaml", "tokenizer.json", "metrics.jsonl"
 CHECKPOINTS, FLIGHT, TENSORBOARD = "checkpoints", "flight", "tensorboard"
@@ -185,7 +185,7 @@ class RunFolder:
         sums = {start.get("files", {}).get(name) for start in self.listed()}
         for path in self.checkpoints.glob(f"step-*/{MANIFEST}"):
             with suppress(CheckpointError, KeyError, TypeError):
-                sums.add(read_json(path)["files"][name]["sha256"])
+                sums.add(read_json(path, Manifest)["files"][name]["sha256"])
         return {entry for entry in sums if isinstance(entry, str)}
 
     def starts(self) -> list[dict[str, Any]]:
@@ -211,17 +211,8 @@ class RunFolder:
         path = self.path / ENVIRONMENT
         if not path.is_file():
             return []
-        try:
-            starts = json.loads(read_bytes(path).decode())["starts"]
-            if all(type(start["step"]) is int for start in starts):
-                return list(starts)
-            problem = "a start without its step"
-        except (ValueError, TypeError, KeyError) as error:
-            problem = f"{type(error).__name__}: {error}"
-        raise CheckpointError(
-            f"{path}: damaged: got {problem}, expected the starts of the run, each with its step; the checkpoints are "
-            "whole without them, and a resume goes on"
-        )
+        cure = "the checkpoints are valid without it, and a resume continues"
+        return list(read_json(path, Starts, cure)["starts"])
 
 
 def _take(file: IO[bytes]) -> bool:
