@@ -98,7 +98,7 @@ def test_results_for_a_full_disk_are_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (RuntimeError("first line\nsecond"), "unexpected RuntimeError: first line; a bug in ultrazoo or in a plugin; "),
         (RecursionError("too deep"), "unexpected RecursionError: too deep; "),
@@ -108,7 +108,7 @@ def test_results_for_a_full_disk_are_an_error() -> None:
     ],
 )
 def test_any_exception_is_one_line_that_says_how_to_get_its_traceback(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, told: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, message: str
 ) -> None:
     def fail(*_: object) -> None:
         raise error
@@ -117,7 +117,7 @@ def test_any_exception_is_one_line_that_says_how_to_get_its_traceback(
     assert call("inspect", "anything") == 1
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and len(err) < 700
-    assert err.startswith(f"error: {told}") and err.endswith("set ULTRAZOO_DEBUG=1 to see the traceback\n")
+    assert err.startswith(f"error: {message}") and err.endswith("set ULTRAZOO_DEBUG=1 to see the traceback\n")
     monkeypatch.setenv("ULTRAZOO_DEBUG", "1")
     assert call("inspect", "anything") == 1
     assert "Traceback (most recent call last)" in capsys.readouterr().err

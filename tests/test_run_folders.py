@@ -137,7 +137,7 @@ def test_plot_replaces_only_what_it_drew(run: Path, tmp_path: Path, capsys: Capt
 @pytest.mark.parametrize("earlier", [False, True])
 def test_a_copy_writes_into_itself(place: Path, run: Path, command: str, earlier: bool, capsys: Capture) -> None:
     before = contents(place / "run")
-    if earlier:  # only the absolute output_dir tells where it was
+    if earlier:  # only the absolute output_dir has the former place
         record = json.loads((run / "env.json").read_text())
         del record["starts"][0]["run_dir"]
         (run / "env.json").write_text(json.dumps(record))

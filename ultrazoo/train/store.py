@@ -98,7 +98,7 @@ class CheckpointStore:
                 f"{self.root}: cannot be made: {error}; choose another training.output_dir"
             ) from error
         write_checkpoint(folder, snapshot)
-        self._facts.pop(folder, None)  # of one of the same step that was set aside
+        self._facts.pop(folder, None)  # of a damaged one of the same step
         try:
             self.tidy()
         except OSError as error:
