@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def _message(error: Exception) -> str:
-    """Return the message for the user; empty on a rank that ends because another one failed, which reports the cause."""
+    """Return the message for the user; empty on a rank that ends because another one, which reports it, failed."""
     if isinstance(error, UltrazooError):
         return str(error)
     if isinstance(error, OSError):
