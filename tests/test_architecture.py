@@ -16,7 +16,7 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 LAYERS = [
-    ["ultrazoo.errors"],
+    ["ultrazoo.errors", "ultrazoo.output"],
     [
         "ultrazoo.spec",
         "ultrazoo.presets",

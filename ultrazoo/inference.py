@@ -20,6 +20,7 @@ from ultrazoo.model import IGNORED, MaskedLM, build_model
 from ultrazoo.train.checkpoint import CONFIG, TOKENIZER, load_model, read_config, verify_weights
 from ultrazoo.train.durable import MANIFEST
 from ultrazoo.train.runtime import pick_device
+from ultrazoo.train.store import read_pointer
 
 log = logging.getLogger("ultrazoo")
 
@@ -47,16 +48,15 @@ def find_checkpoint(path: str | Path) -> Path:
     """Return the checkpoint that a path means: itself, or the best of a run folder, else its latest.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: There is none, or the run folder names one that is not inside it.
         ArgumentError: It is no path.
     """
     path = file_path("path", path)
     if (path / MANIFEST).is_file():
         return path
     for name in ("best", "latest"):
-        pointer = path / "checkpoints" / name
-        if pointer.is_file():
-            return pointer.parent / pointer.read_text(encoding="utf-8").strip()
+        if (named := read_pointer(path / "checkpoints", name)) is not None:
+            return named
     state = "holds no checkpoint" if path.is_dir() else "no such folder"
     raise CheckpointError(f"{path}: {state}; expected a run folder such as runs/embbert, or one of its checkpoints")
 

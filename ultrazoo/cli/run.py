@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ultrazoo.cli.console import print_json, print_table, say
+from ultrazoo.train.signals import nothing_to_save
 
 if TYPE_CHECKING:
     from ultrazoo.config import Config, LoadedConfig
@@ -66,11 +67,12 @@ def train(
     if dry_run:
         _rehearse(loaded.config, run_dir)
         return
-    from ultrazoo.train import train as train_model
-    from ultrazoo.train.profile import parse_steps
+    with nothing_to_save():
+        from ultrazoo.train import train as train_model
+        from ultrazoo.train.profile import parse_steps
 
-    steps = parse_steps(profile_steps or "20..22") if profile else None
-    train_model(loaded.config, run_dir=run_dir, resume=resume, weights_only=weights_only, profile=steps)
+        steps = parse_steps(profile_steps or "20..22") if profile else None
+        train_model(loaded.config, run_dir=run_dir, resume=resume, weights_only=weights_only, profile=steps)
 
 
 def resume(
@@ -103,9 +105,10 @@ def resume(
         raise typer.BadParameter("--steps and --json act with --verify only")
     loaded = load_config(run / "config.yaml", overrides or [])
     if not verify:
-        from ultrazoo.train import train as train_model
+        with nothing_to_save():
+            from ultrazoo.train import train as train_model
 
-        train_model(loaded.config, run_dir=run, resume="auto")
+            train_model(loaded.config, run_dir=run, resume="auto")
         return
     if overrides:
         raise typer.BadParameter("--set: has no place with --verify, which takes the steps as they were taken")

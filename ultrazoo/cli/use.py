@@ -124,7 +124,7 @@ def plot(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="PNG.", show_default="RUN/training.png")] = None,
 ) -> None:
     """Draw loss, learning rate, gradient norm and tokens per second of a run to a PNG."""
-    from ultrazoo.plot import plot_run
+    from ultrazoo.plot import PICTURE, plot_run
 
-    path = plot_run(run, output or run / "training.png")
+    path = plot_run(run, output or run / PICTURE)
     say(f"wrote {path}")

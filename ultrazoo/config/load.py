@@ -13,6 +13,7 @@ from ultrazoo.arguments import file_path, list_of
 from ultrazoo.config import needs
 from ultrazoo.config.model import ModelConfig
 from ultrazoo.config.overrides import apply_override
+from ultrazoo.config.paths import at_home
 from ultrazoo.config.problems import ProblemsError, problems_of
 from ultrazoo.config.training import TrainingConfig
 from ultrazoo.config.yaml import dump_yaml, read_yaml
@@ -115,6 +116,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> LoadedConf
         raise ConfigError(
             f"{path}: got {type(data).__name__}, expected sections model_class, plugins, model and training"
         )
+    data, moved = at_home(data, path)
     from_file = set(_leaves(data))
     overridden = [apply_override(data, item) for item in items]
     config = config_from_dict(data, str(path))
@@ -130,6 +132,8 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> LoadedConf
         for line in config.model.notices() + config.training.notices()
         if origins.get(line.split(":")[0]) != "default"
     ]
+    if moved and origins["training.output_dir"] != "command line":
+        notices.append(moved)
     if config.model_class == "mini" and data.get("model", {}).get("use_factorized_embedding") is False:
         notices.append(
             "model.use_factorized_embedding: false has no effect: model_class mini always factorises; "

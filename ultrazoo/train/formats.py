@@ -99,7 +99,6 @@ class State(TypedDict, total=False):
     watch: Watched
     finite: dict[str, int]
     data: Position
-    revisions: dict[str, Annotated[int, Field(ge=1)]]
     tokenizer_sha256: str
     data_fingerprint: str
     rng: Random
@@ -185,6 +184,8 @@ class Start(TypedDict):
     changed: NotRequired[list[str]]
     plan: NotRequired[Goal]
     processes: NotRequired[int]
+    run_dir: NotRequired[str]
+    files: NotRequired[dict[str, str]]
 
 
 @keep_unknown

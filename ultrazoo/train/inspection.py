@@ -136,7 +136,7 @@ def inspect_run(run_dir: Path) -> RunReport:
     pointers = {}
     for name in ("latest", "best"):
         pointer = root / name
-        pointers[name] = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+        pointers[name] = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else None
     flights = sorted((run_dir / "flight").glob("step-*")) if (run_dir / "flight").is_dir() else []
     aside = sorted(path for path in root.iterdir() if ASIDE.fullmatch(path.name)) if root.is_dir() else []
     return RunReport(
@@ -165,6 +165,8 @@ def _receipt_of_state(state: dict[str, Any]) -> dict[str, Any]:
 
 def _numbers(path: Path) -> int | None:
     """Numbers in a safetensors file, by its header; None if there is none."""
+    if not path.is_file():
+        return None
     try:
         with safe_open(path, framework="pt") as file:
             return sum(math.prod(file.get_slice(name).get_shape()) for name in list(file.keys()))

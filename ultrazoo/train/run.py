@@ -17,6 +17,7 @@ from ultrazoo.config.paths import anchored, spelled_as
 from ultrazoo.data import build_data
 from ultrazoo.data.batch import Share
 from ultrazoo.model import build_model
+from ultrazoo.output import only_messages
 from ultrazoo.revisions import current_revisions, notes_on
 from ultrazoo.train.agree import TeamGuard, TeamStore
 from ultrazoo.train.checkpoint import load_model, read_config, read_state
@@ -31,7 +32,7 @@ from ultrazoo.train.records import Record, set_aside, take_over
 from ultrazoo.train.resume import check_match, check_weights, find_checkpoint, find_weights, revisions_of
 from ultrazoo.train.runtime import environment, prepared
 from ultrazoo.train.schedule import make_plan, note_on_batch
-from ultrazoo.train.signals import SignalGuard, nothing_to_save
+from ultrazoo.train.signals import SignalGuard
 from ultrazoo.train.store import CheckpointStore
 from ultrazoo.train.stretch import plan_of
 from ultrazoo.train.team import joined
@@ -50,6 +51,7 @@ def require_packages(training: TrainingConfig) -> None:
         load_package()
 
 
+@only_messages()
 def train(
     config: Config,
     *,
@@ -86,13 +88,13 @@ def train(
     config = config.model_copy(update={"training": anchored(config.training)})
     with memory_told(), ExitStack() as stack:
         team, training = stack.enter_context(joined(config.training))
+        guard = stack.enter_context(SignalGuard(starting=True) if team.size == 1 else TeamGuard(team))
         console = Console(quiet=True) if not team.leads else console or Console(stderr=True)
         say = PlainDisplay(console, None).say
         require_packages(training)
         folder = RunFolder(run_dir)
         team.leader_says(lambda: stack.enter_context(folder) and None)
-        team.leader_says(lambda: folder.mend(say))
-        stack.enter_context(nothing_to_save())
+        team.leader_says(lambda: folder.claim(config.to_yaml(), training.tokenizer, say))
         device = stack.enter_context(prepared(training))
         store = CheckpointStore(folder.checkpoints, training.max_rolling_checkpoints, training.num_best_checkpoints)
         start = None if weights_only else team.leader_says(lambda: find_checkpoint(resume, store, say))
@@ -144,8 +146,9 @@ def train(
         receipt["weights_from"] = str(weights.resolve()) if weights else None
         receipt["changed"], receipt["plan"] = changed, plan_of(training)
         receipt["processes"], receipt["distributed"] = team.size, team.kind
+        receipt["run_dir"] = str(run_dir.absolute())
+        team.leader_says(lambda: folder.describe(config.to_yaml(), data.vocabulary.text, receipt, display.say))
         if team.leads:
-            folder.describe(config.to_yaml(), data.vocabulary.text, receipt)
             trainer.reporters.append(JsonLines(folder.metrics))
             if "tensorboard" in training.report_to:
                 trainer.reporters.append(TensorBoard(run_dir, step, kept))
@@ -157,7 +160,7 @@ def train(
             stack.callback(profiler.finish)
         stack.enter_context(memory_told(lambda: trainer.last_checkpoint))
         try:
-            trainer.run(stack.enter_context(SignalGuard() if team.size == 1 else TeamGuard(team)))
+            trainer.run(guard)
         finally:
             if data.left_out:
                 display.say(f"data: skipped {data.left_out}")
