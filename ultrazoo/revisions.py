@@ -44,6 +44,13 @@ RULES = {
     "unigram_counts": Rule(
         meanings=("the unigram statistics include the held-out rows", "the unigram statistics exclude held-out rows"),
     ),
+    "whole_words": Rule(
+        meanings=(
+            "a word ends at spaces and signs only, so text without spaces is one word",
+            "a word is a letter in scripts without spaces, and has at most 32 characters",
+        ),
+        matters=lambda config: config["training"]["whole_word_masking"],
+    ),
 }
 
 

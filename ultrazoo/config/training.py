@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from ultrazoo.config.devices import PATTERN, require_device
 from ultrazoo.config.paths import PATHS, require_path
 from ultrazoo.config.problems import ProblemsError
 from ultrazoo.options import Options
@@ -84,7 +85,9 @@ class TrainingConfig(Options):
     galore_max_dim: int = Field(4096, ge=1, description="Weights with a longer side stay on plain AdamW.")
 
     # machine
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps.")
+    device: str = Field(
+        "auto", description="auto, cpu, cuda, cuda:N or mps.", json_schema_extra={"pattern": f"^{PATTERN}$"}
+    )
     num_threads: int | None = Field(None, ge=1, description="Threads of torch on the CPU; unset: torch's choice.")
     kernels: Literal["auto", "compiled", "reference"] = Field("auto", description="Which kernels the ops run on.")
     use_amp: bool = Field(False, description="Mixed precision: bfloat16, or float16 with scaling where it is missing.")
@@ -125,6 +128,11 @@ class TrainingConfig(Options):
     @classmethod
     def _no_blank_path(cls, path: str | None, info: ValidationInfo) -> str | None:
         return require_path(str(info.field_name), path)
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, name: str) -> str:
+        return require_device(name)
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:

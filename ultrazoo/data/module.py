@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ultrazoo.data.batch import Batch, Share, make_batch
+from ultrazoo.data.digests import HASHING
 from ultrazoo.data.masking import Masker, word_table
 from ultrazoo.data.packing import Documents, Frame, count_rows, pack
 from ultrazoo.data.plan import Plan
@@ -66,7 +67,7 @@ class DataModule:
     ) -> None:
         self.source, self.vocabulary, self.store, self.training = source, vocabulary, store, training
         self.revisions = current_revisions() if revisions is None else revisions
-        words = word_table(vocabulary) if training.whole_word_masking else None
+        words = word_table(vocabulary, self.revisions["whole_words"]) if training.whole_word_masking else None
         self._masker = Masker(vocabulary, training.mlm_probability, words)
         fixed = self.revisions["validation_masks"] > 1
         eval_probability = training.eval_mlm_probability if fixed else training.mlm_probability
@@ -110,6 +111,10 @@ class DataModule:
     def fingerprint(self) -> str:
         """Hash of the data: names, sizes and contents of its files, text column, row limit."""
         return self.source.fingerprint
+
+    def fingerprint_as_in(self, state: Mapping[str, Any]) -> str:
+        """Return the fingerprint by the rule that a saved state's was made by, to be compared with it."""
+        return self.source.fingerprint_by(state.get("hashing", 1))
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -205,6 +210,8 @@ class DataModule:
             "row": row,
             "window_rows": self._window_rows,
             "fingerprint": self.fingerprint,
+            "hashing": HASHING,
+            "discovery": self.source.found.discovery,
             "tokenizer_sha256": self.tokenizer_sha256,
             "plan": self.plan,
             "seen": dict(self._seen),
@@ -235,9 +242,10 @@ class DataModule:
             problems.append(
                 f"tokenizer: saved {state['tokenizer_sha256'][:12]}, now {self.tokenizer_sha256[:12]} (SHA-256)"
             )
-        if state["fingerprint"] != self.fingerprint:
+        fingerprint = self.fingerprint_as_in(state)
+        if state["fingerprint"] != fingerprint:
             problems.append(
-                f"data: saved {state['fingerprint'][:12]}, now {self.fingerprint[:12]} (hash of the names, sizes and "
+                f"data: saved {state['fingerprint'][:12]}, now {fingerprint[:12]} (hash of the names, sizes and "
                 "contents of the files, text_column and max_samples)"
             )
         if problems:
@@ -245,6 +253,12 @@ class DataModule:
                 "data state: cannot go on at the saved position, which would repeat or lose rows: "
                 + "; ".join(problems)
                 + "; put these back, or start a new run"
+            )
+        if fingerprint != self.fingerprint:
+            names = ", ".join(file.name for file in self.source.large_files)
+            self._console(
+                "warning: data: the checkpoint is of an earlier version, which compared files over 64 MiB by samples; "
+                f"the samples of {names} are equal, the rest cannot be compared; new checkpoints compare whole files"
             )
         self._position = (int(state["epoch"]), int(state["window"]), int(state["row"]))
         self._window_rows = int(state["window_rows"])

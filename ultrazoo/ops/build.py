@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -136,6 +137,8 @@ def library(broken: Path | None = None, error: str = "", of: Origin | None = Non
         ours = folder == cached or made_from(folder / "library.so").serves(key, cuda)
         if ours and broken != folder / "library.so" and _intact(folder):
             return folder / "library.so"
+    if sys.platform == "win32":
+        raise BuildError(f"kernels are not compiled on Windows, and {why}", "use kernels: auto or reference")
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with _lock(cached.parent / "lock"):  # another process may have built it while this one waited

@@ -75,6 +75,8 @@ class Position(TypedDict, total=False):
     window_rows: Annotated[int, Field(ge=1, le=2**63 - 1)]
     plan: dict[str, Any]
     fingerprint: str
+    hashing: Annotated[int, Field(ge=1)]
+    discovery: Annotated[int, Field(ge=1)]
     tokenizer_sha256: str
     seen: dict[str, int]
     skipped: dict[str, int]
@@ -182,6 +184,8 @@ class Start(TypedDict):
     changed: NotRequired[list[str]]
     plan: NotRequired[Goal]
     processes: NotRequired[int]
+    run_dir: NotRequired[str]
+    files: NotRequired[dict[str, str]]
 
 
 @keep_unknown

@@ -103,6 +103,7 @@ class Trainer:
         Raises:
             StoppedError: A signal asked for it; the checkpoint is written.
         """
+        guard.begin()
         training, progress = self.training, self.progress
         started = time.perf_counter() - progress.elapsed_seconds
         first, begun = self._share(), progress.elapsed_seconds

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ultrazoo.arguments import file_path
 from ultrazoo.config import config_from_dict
 from ultrazoo.data.batch import Batch
 from ultrazoo.errors import ConfigError
@@ -79,7 +80,9 @@ class Replay:
         return f"{result}; so the fault comes with {', '.join(causes)}{hint}"
 
 
-def replay(folder: Path, *, kernels: str | None = None, dtype: str | None = None, device: str | None = None) -> Replay:
+def replay(
+    folder: str | Path, *, kernels: str | None = None, dtype: str | None = None, device: str | None = None
+) -> Replay:
     """Run the step of a flight record again, forwards and backwards, and follow what is not finite to its origin.
 
     Args:
@@ -96,6 +99,7 @@ def replay(folder: Path, *, kernels: str | None = None, dtype: str | None = None
     for name, value, known in (("--kernels", kernels, POLICIES), ("--dtype", dtype, DTYPES)):
         if value is not None and value not in known:
             raise ConfigError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
+    folder = file_path("folder", folder)
     flight = read_flight(folder)
     record, config = flight.record, config_from_dict(read_config(folder), str(folder))
     saved_revisions(folder, record.get("revisions", {}), config.to_dict())
@@ -103,7 +107,7 @@ def replay(folder: Path, *, kernels: str | None = None, dtype: str | None = None
     recorded = Way(used, record["dtype"], record["environment"]["device"])
     wide = (dtype or recorded.dtype) == "float64"
     policy = kernels or ("reference" if wide else record["kernel_policy"])
-    where = device or (recorded.device if _is_here(recorded.device) else "cpu")
+    where = (recorded.device if _is_here(recorded.device) else "cpu") if device is None else device
     threads = record["environment"]["num_threads"]
     training = config.training.model_copy(update={"device": where, "kernels": "auto", "num_threads": threads})
     with prepared(training) as place, kernel_policy(policy):  # type: ignore[arg-type]

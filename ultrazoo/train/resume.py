@@ -10,8 +10,6 @@ from ultrazoo.config import Config, ModelConfig, TrainingConfig
 from ultrazoo.errors import CheckpointError, ConfigError
 from ultrazoo.revisions import saved_revisions
 from ultrazoo.train.checkpoint import (
-    CONFIG,
-    MODEL,
     OPTIMIZER,
     STATE,
     TOKENIZER,
@@ -19,8 +17,9 @@ from ultrazoo.train.checkpoint import (
     read_state,
     read_tensors,
     verify_checkpoint,
+    verify_weights,
 )
-from ultrazoo.train.durable import MANIFEST, sha256, verify_folder
+from ultrazoo.train.durable import MANIFEST, sha256
 from ultrazoo.train.store import CheckpointStore, step_of
 
 SHAPELESS = {"dropout", "router_aux_loss_coef", "router_z_loss_coef", "initializer_range"}
@@ -29,7 +28,6 @@ UNREMARKABLE = {"output_dir", "report_to", "log_every_n_steps"}
 """Training fields whose change needs no line."""
 EXACT = ("step", "progress", "window", "data", "rng", "scaler", "num_threads")
 RANDOM = ("python", "numpy", "torch")
-WEIGHTS = (MODEL, CONFIG, TOKENIZER)
 
 
 def find_checkpoint(resume: str | None, store: CheckpointStore, say: Callable[[str], None]) -> Path | None:
@@ -89,7 +87,7 @@ def find_weights(resume: str | None, store: CheckpointStore) -> Path:
         )
     _require_empty(store)
     path = _named(str(resume))
-    verify_folder(path, WEIGHTS, alone=True)
+    verify_weights(path)
     return path
 
 
@@ -155,7 +153,7 @@ def _named(resume: str) -> Path:
 def _weights_hint(path: Path) -> str:
     """What can still be done with a damaged checkpoint; empty when its weights are lost too."""
     try:
-        verify_folder(path, WEIGHTS, alone=True)
+        verify_weights(path)
     except CheckpointError:
         return ""
     return "; its weights are whole: --weights-only begins a new run with them"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from ultrazoo.arguments import file_path
 from ultrazoo.config import Config, TrainingConfig
 from ultrazoo.config.paths import anchored, spelled_as
 from ultrazoo.data import build_data
 from ultrazoo.data.batch import Share
 from ultrazoo.model import build_model
+from ultrazoo.output import only_messages
 from ultrazoo.revisions import current_revisions, notes_on
 from ultrazoo.train.agree import TeamGuard, TeamStore
-from ultrazoo.train.checkpoint import load_model, read_config
+from ultrazoo.train.checkpoint import load_model, read_config, read_state
 from ultrazoo.train.display import PlainDisplay, final_table, make_display
 from ultrazoo.train.folder import RunFolder
 from ultrazoo.train.galore import load_projector
@@ -29,7 +32,7 @@ from ultrazoo.train.records import Record, set_aside, take_over
 from ultrazoo.train.resume import check_match, check_weights, find_checkpoint, find_weights, revisions_of
 from ultrazoo.train.runtime import environment, prepared
 from ultrazoo.train.schedule import make_plan, note_on_batch
-from ultrazoo.train.signals import SignalGuard, nothing_to_save
+from ultrazoo.train.signals import SignalGuard
 from ultrazoo.train.store import CheckpointStore
 from ultrazoo.train.stretch import plan_of
 from ultrazoo.train.team import joined
@@ -48,10 +51,11 @@ def require_packages(training: TrainingConfig) -> None:
         load_package()
 
 
+@only_messages()
 def train(
     config: Config,
     *,
-    run_dir: Path,
+    run_dir: str | Path,
     resume: str | None = None,
     weights_only: bool = False,
     profile: range | None = None,
@@ -78,17 +82,19 @@ def train(
         StoppedError: A signal ended the run; its checkpoint is written.
         LostProcessError: Of the processes that torchrun started, one is gone or does not answer.
         FollowerError: The first of them ended, and says why.
+        ArgumentError: ``run_dir`` is no path.
     """
+    run_dir = file_path("run_dir", run_dir)
     config = config.model_copy(update={"training": anchored(config.training)})
     with memory_told(), ExitStack() as stack:
         team, training = stack.enter_context(joined(config.training))
+        guard = stack.enter_context(SignalGuard(starting=True) if team.size == 1 else TeamGuard(team))
         console = Console(quiet=True) if not team.leads else console or Console(stderr=True)
         say = PlainDisplay(console, None).say
         require_packages(training)
         folder = RunFolder(run_dir)
         team.leader_says(lambda: stack.enter_context(folder) and None)
-        team.leader_says(lambda: folder.mend(say))
-        stack.enter_context(nothing_to_save())
+        team.leader_says(lambda: folder.claim(config.to_yaml(), training.tokenizer, say))
         device = stack.enter_context(prepared(training))
         store = CheckpointStore(folder.checkpoints, training.max_rolling_checkpoints, training.num_best_checkpoints)
         start = None if weights_only else team.leader_says(lambda: find_checkpoint(resume, store, say))
@@ -99,13 +105,14 @@ def train(
         team.leader_says(store.tidy)
         job = team.leader_says(lambda: uuid.uuid4().hex)
         revisions = current_revisions() if start is None else revisions_of(start)
-        data = team.in_turn(lambda: build_data(training, config.model.vocab_size, say, job, revisions))
+        saved: Mapping[str, Any] | None = None if start is None else read_state(start)["data"]
+        data = team.in_turn(lambda: build_data(training, config.model.vocab_size, say, job, revisions, saved))
         data.share = Share(team.rank, team.size)
         if weights is not None:
             check_weights(weights, config, tokenizer_sha256=data.tokenizer_sha256)
         changed: list[str] = []
-        if start is not None:
-            hashes = {"tokenizer_sha256": data.tokenizer_sha256, "data_fingerprint": data.fingerprint}
+        if start is not None and saved is not None:
+            hashes = {"tokenizer_sha256": data.tokenizer_sha256, "data_fingerprint": data.fingerprint_as_in(saved)}
             alike = spelled_as(config.training, read_config(start).get("training", {}))
             changed = check_match(start, config.model_copy(update={"training": alike}), **hashes)
             for note in changed:
@@ -139,8 +146,9 @@ def train(
         receipt["weights_from"] = str(weights.resolve()) if weights else None
         receipt["changed"], receipt["plan"] = changed, plan_of(training)
         receipt["processes"], receipt["distributed"] = team.size, team.kind
+        receipt["run_dir"] = str(run_dir.absolute())
+        team.leader_says(lambda: folder.describe(config.to_yaml(), data.vocabulary.text, receipt, display.say))
         if team.leads:
-            folder.describe(config.to_yaml(), data.vocabulary.text, receipt)
             trainer.reporters.append(JsonLines(folder.metrics))
             if "tensorboard" in training.report_to:
                 trainer.reporters.append(TensorBoard(run_dir, step, kept))
@@ -152,7 +160,7 @@ def train(
             stack.callback(profiler.finish)
         stack.enter_context(memory_told(lambda: trainer.last_checkpoint))
         try:
-            trainer.run(stack.enter_context(SignalGuard() if team.size == 1 else TeamGuard(team)))
+            trainer.run(guard)
         finally:
             if data.left_out:
                 display.say(f"data: skipped {data.left_out}")
