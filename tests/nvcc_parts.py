@@ -41,5 +41,5 @@ def use_fake_toolkit(home: Path, patch: pytest.MonkeyPatch) -> Path:
         patch.delenv(name, raising=False)
     patch.setenv("CUDA_HOME", str(home))
     patch.setattr(nvcc, "torch_cuda", lambda: "13.0")
-    patch.setattr(build, "device_archs", list)
+    patch.setattr(nvcc, "device_archs", list)
     return home
