@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ultrazoo.ops import build, nvcc
+from ultrazoo.ops import nvcc
 
 FAKE = r"""#!/bin/sh
 # Answers like nvcc {version}, and compiles a .cu as plain C++.

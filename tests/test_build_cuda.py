@@ -27,6 +27,7 @@ Error rk4_combine(const Rk4Combine&, int64_t, Stream) { return "no GPU"; }
 Error rk4_stage(const Rk4Stage&, int64_t, Stream) { return "no GPU"; }
 }
 """
+NO_ROOM = "echo 'fatal error: error writing to /tmp/x.o: No space left on device' >&2; exit 1"
 LOADED = """
 import sys, torch
 from pathlib import Path
@@ -112,6 +113,39 @@ def test_a_failing_nvcc_leaves_the_cpu_kernels_and_says_so_in_one_line(
     assert build.library() == library and (toolkit_home / "calls").read_text().count(" -c ") == calls  # not again
     monkeypatch.setenv("NVCC_CCBIN", "g++-13")  # the fix: that is another build
     assert build.without_cuda(build.library()) is None
+
+
+@pytest.mark.parametrize(
+    "ending", ["kill -9 $$", "exit 130", "echo nvcc error: 'cicc' died due to signal 9 >&2; exit 9", NO_ROOM]
+)
+def test_an_interrupted_nvcc_is_not_remembered_as_one_that_fails(
+    sources: Path, toolkit_home: Path, ending: str
+) -> None:
+    whole = (toolkit_home / "bin/nvcc").read_text()
+    broken = whole.replace("\ncase ", f'\ncase "$*" in *" -c "*) {ending} ;; esac\ncase ', 1)
+    assert broken != whole
+    (toolkit_home / "bin/nvcc").write_text(broken)
+    with pytest.raises(build.InterruptedBuildError, match=r"nvcc did not finish .*cuda\.cu") as caught:
+        build.library()
+    assert "MAX_JOBS=1" in caught.value.fix and not list(build.cache_folder().glob("*/build.json"))
+    (toolkit_home / "bin/nvcc").write_text(whole)
+    assert build.made_from(build.library()).archs == ("75", "90")
+
+
+def test_without_a_gpu_the_cpu_kernels_that_are_there_are_taken(
+    sources: Path, toolkit_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvcc, "device_archs", list)
+    library = build.library()
+    assert library.parent.name == build.build_key(sources) and not build.made_from(library).archs
+    installed = Path(shutil.copy(library, tmp_path / "_C.so"))
+    monkeypatch.setattr(build, "AT_INSTALL", installed)
+    assert build.library() == installed
+    assert " -c " not in (toolkit_home / "calls").read_text(), "nothing is compiled for a GPU that is not here"
+    why = build.without_cuda(installed)
+    assert why is not None and "no NVIDIA GPU is here" in why.reason and "TORCH_CUDA_ARCH_LIST" in why.fix
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")  # for another machine
+    assert build.made_from(build.library()).archs == ("90",)
 
 
 def test_an_error_in_the_cpu_kernels_is_none_of_nvcc(sources: Path) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from ultrazoo.errors import UltrazooError
 
 CODE = (".so", ".o")
+PRIVATE = 0o700
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 log = logging.getLogger("ultrazoo")
 
@@ -100,9 +101,9 @@ def _make_private(home: Path, folder: Path) -> None:
         with contextlib.suppress(FileNotFoundError):  # another process has just done so
             folder.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
-    home.parent.mkdir(parents=True, exist_ok=True)
-    for made in (home, folder):
-        made.mkdir(mode=0o700, exist_ok=True)
+    for part in (*reversed(home.parents), home, folder):
+        if not part.is_dir():
+            part.mkdir(mode=PRIVATE, exist_ok=True)
 
 
 def _within(folder: Path) -> str:

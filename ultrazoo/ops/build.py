@@ -232,8 +232,8 @@ def _digest(cuda: Cuda) -> str:
 
 def _build_into(cached: Path, space: str, sources: Path, cuda: Cuda | None, why: str, report: Report | None) -> None:
     compiler = find_compiler()
-    files = len(plan(sources, cuda))
-    log.info("kernels: compiling %d files of %s, once, because %s, into %s", files, sources, why, cached)
+    count = len(plan(sources, cuda))
+    log.info("kernels: compiling %d files of %s, once, because %s, into %s", count, sources, why, cached)
     start = time.monotonic()
     for unfinished in cached.parent.glob("new-*"):  # of a process that was killed: the lock is ours
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -248,7 +248,7 @@ def _build_into(cached: Path, space: str, sources: Path, cuda: Cuda | None, why:
                 raise
             said = cached.parent / "errors.txt"
             said.write_text(error.output)
-            raise BuildError(error.reason, f"{error.fix} (all it said is in {said})", error.output) from error
+            raise type(error)(error.reason, f"{error.fix} (all it said is in {said})", error.output) from error
         record: dict[str, Any] = {
             "sha256": hashlib.sha256((new / "library.so").read_bytes()).hexdigest(),
             "compiler": compiler,
