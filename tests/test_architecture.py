@@ -17,7 +17,8 @@ MODULES = {
 }
 LAYERS = [
     ["ultrazoo.errors"],
-    ["ultrazoo.spec", "ultrazoo.presets", "ultrazoo.caches", "ultrazoo.verdicts", "ultrazoo.options"],
+    ["ultrazoo.spec", "ultrazoo.presets", "ultrazoo.distributions", "ultrazoo.options"],
+    ["ultrazoo.caches", "ultrazoo.verdicts"],
     ["ultrazoo.ops"],
     ["ultrazoo.hookspecs", "ultrazoo.offers", "ultrazoo.plugins", "ultrazoo.registry", "ultrazoo"],
     ["ultrazoo.nn"],
