@@ -137,6 +137,11 @@ def run(
                 append_rows(output, bench.rows)
                 say(f"appended {len(bench.rows)} rows to {output}")
     _print(bench, as_json)
+    if noisy := sum(row.has_noisy_ceiling for row in bench.rows):
+        say(
+            f"note: {noisy} of {len(bench.rows)} rows, or their ceilings, are too noisy to use; run them again when "
+            "the machine is free, or with --threads 1 --cpu-time"
+        )
     if plot is not None:
         from ultrazoo.bench.chart import draw
 
