@@ -114,6 +114,12 @@ def test_where_no_place_is_safe_the_reason_and_the_fix_are_clear(cache: Path, te
     assert "XDG_CACHE_HOME" in caught.value.fix
 
 
+def test_what_another_process_deletes_meanwhile_is_no_fault(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cache / "dangling.so").symlink_to(cache / "nowhere")
+    monkeypatch.setattr(os, "walk", lambda *_, **__: [(str(cache), ["new-gone"], ["gone.o", "dangling.so"])])
+    assert caches.private_folder("kernels") == cache and (cache / "key/library.so").exists()
+
+
 def test_a_link_into_a_folder_of_others_is_not_followed(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     (cache / "key").rename(tmp_path / "shared/key")

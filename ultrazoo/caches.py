@@ -133,7 +133,11 @@ def _loose(path: Path) -> str:
     """Why others than its user and root can change one file or folder, or what it links to; empty if they cannot."""
     if os.name != "posix":
         return ""
-    for found in (path.lstat(), path.stat()):
+    try:
+        states = path.lstat(), path.stat()
+    except FileNotFoundError:  # another process has just finished a build, or it is a link to nothing
+        return ""
+    for found in states:
         if found.st_uid not in _trusted():
             return f"{path} belongs to user {found.st_uid}, neither to {_user()} nor to root"
         if stat.S_ISLNK(found.st_mode):
