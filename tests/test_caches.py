@@ -12,13 +12,17 @@ from pathlib import Path
 
 import pytest
 from cli_parts import call
-from test_build import built, home, lines
+from test_build import lines
 
 from ultrazoo import caches
 from ultrazoo.ops import build
 from ultrazoo.verdicts import verdict_path
 
-__all__ = ["built", "home", "lines"]
+__all__ = ["lines"]
+COMPILER = """#!/bin/sh
+for last; do :; done
+echo "$@" > "$last"
+"""
 OTHER = 54321
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs owners and modes")
 
@@ -44,20 +48,34 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_new_folders_and_libraries_are_of_their_user_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "new/cache"))
+@pytest.fixture
+def quick_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that writes its arguments where it should write code, and an empty cache."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("ULTRAZOO_CUDA", "0")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new/cache"))
+    monkeypatch.setattr(build, "AT_INSTALL", tmp_path / "missing.so")
+
+
+@pytest.mark.usefixtures("quick_build")
+def test_new_folders_and_libraries_are_of_their_user_alone() -> None:
     before = os.umask(0)
     try:
         found = build.library()
     finally:
         os.umask(before)
-    for path in (found, *[*found.parents][:5], found.parents[1] / "objects"):
+    for path in (*[*found.parents][:5], found.parents[1] / "objects"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700, path
+    assert not stat.S_IMODE(found.stat().st_mode) & 0o077
     assert not caches.untrusted(found) and build.library() == found, "what was made is not discarded"
     assert all(not caches.untrusted(path) for path in (found.parents[1] / "objects").glob("*.o"))
 
 
-def test_a_planted_library_is_not_loaded_but_built_again(home: Path, lines: pytest.LogCaptureFixture) -> None:
+@pytest.mark.usefixtures("quick_build")
+def test_a_planted_library_is_not_loaded_but_built_again(lines: pytest.LogCaptureFixture) -> None:
     found = build.library()
     planted = found.read_bytes() + b"planted"
     found.write_bytes(planted)

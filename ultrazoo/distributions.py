@@ -25,9 +25,13 @@ def version_of(distribution: str) -> str:
         return UNKNOWN
 
 
-def is_damaged(distribution: importlib.metadata.Distribution) -> bool:
-    """True when neither METADATA nor PKG-INFO says what a distribution is."""
-    return not (distribution.read_text("METADATA") or distribution.read_text("PKG-INFO"))
+def name_and_version(distribution: importlib.metadata.Distribution) -> tuple[str, str] | None:
+    """Return what the METADATA of a distribution says it is; None where that is missing."""
+    try:
+        name, version = distribution.name, distribution.version
+    except (KeyError, TypeError):  # what importlib.metadata does then depends on the version of Python
+        return None
+    return (name, version) if name and version else None
 
 
 def require_arrays() -> None:

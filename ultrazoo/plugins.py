@@ -9,7 +9,7 @@ import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ultrazoo.distributions import UNKNOWN, is_damaged
+from ultrazoo.distributions import UNKNOWN, name_and_version
 from ultrazoo.hookspecs import PROJECT
 from ultrazoo.offers import OutdatedError, api_of, offers_of
 from ultrazoo.spec import BlockSpec, OpSpec, PresetSpec
@@ -102,11 +102,10 @@ def disabled_names() -> set[str]:
 
 
 def _describe(entry: importlib.metadata.EntryPoint) -> tuple[Plugin, importlib.metadata.EntryPoint]:
-    if entry.dist is None or is_damaged(entry.dist):
-        home, version = entry.module.partition(".")[0], UNKNOWN
-        reason = f"its installation has no METADATA; install the distribution that has the module {home} again"
-    else:
-        home, version, reason = entry.dist.name, entry.dist.version, None
+    known = name_and_version(entry.dist) if entry.dist else (UNKNOWN, UNKNOWN)
+    home, version = known or (entry.value.partition(":")[0].partition(".")[0], UNKNOWN)
+    again = f"its installation has no METADATA; install the distribution that has the module {home} again"
+    reason = None if known else again
     plugin = Plugin(name=entry.name, distribution=home, version=version, module=entry.value, reason=reason)
     named = disabled_names() & {"all", plugin.name, plugin.distribution}
     return replace(plugin, disabled=bool(named) and not plugin.built_in), entry
