@@ -16,8 +16,15 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 LAYERS = [
-    ["ultrazoo.errors"],
-    ["ultrazoo.spec", "ultrazoo.presets", "ultrazoo.distributions", "ultrazoo.options"],
+    ["ultrazoo.errors", "ultrazoo.output"],
+    [
+        "ultrazoo.spec",
+        "ultrazoo.presets",
+        "ultrazoo.distributions",
+        "ultrazoo.options",
+        "ultrazoo.arguments",
+        "ultrazoo.revisions",
+    ],
     ["ultrazoo.caches", "ultrazoo.verdicts"],
     ["ultrazoo.ops"],
     ["ultrazoo.hookspecs", "ultrazoo.offers", "ultrazoo.plugins", "ultrazoo.registry", "ultrazoo"],

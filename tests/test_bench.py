@@ -99,6 +99,9 @@ def test_rows_survive_a_file_and_a_damaged_file_is_named(tmp_path: Path) -> None
     append_rows(path, rows[:1])
     append_rows(path, rows[1:])
     assert read_rows(path) == rows
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert read_rows(path) == rows
+    path.write_text(path.read_text(encoding="utf-8-sig"))
     good = path.read_text().splitlines()[0]
     for bad in ("{", good.replace('"schema_version": 1', '"schema_version": 99'), '{"schema_version": 1}', "[]"):
         path.write_text(f"{good}\n{bad}\n")

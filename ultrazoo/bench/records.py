@@ -131,7 +131,7 @@ def read_rows(path: Path) -> list[Row]:
         DataError: The file cannot be read, or a line is not a row of this schema version.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}; expected a file that --output wrote") from error
     return [_row(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]

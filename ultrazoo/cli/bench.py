@@ -104,7 +104,7 @@ def run(
     from ultrazoo.train.runtime import keep_memory, pick_device
 
     what = find(name)
-    place = pick_device(device)
+    place = pick_device(device, "--device")
     check_clock(cpu_time, place)
     if plot is not None:
         require_lengths(what, lengths)

@@ -54,7 +54,7 @@ def parity(
     for name in dtype or ():
         if name not in DTYPES:
             raise ConfigError(f"--dtype: got {name!r}, expected one of {', '.join(DTYPES)}")
-    zoo, target = registry(), pick_device(device)
+    zoo, target = registry(), pick_device(device, "--device")
     ops, mixers = zoo.ops(), zoo.mixers()
     short = {name: name.partition("::")[2] for name in ops}
     if subject not in (*GROUPS, *ops, *short.values(), *mixers):

@@ -68,7 +68,7 @@ def quality(
 
     specs = mixers_named(blocks or [])
     tasks = [find_task(text) for text in dict.fromkeys(task or DEFAULT_TASKS)]
-    place = pick_device(device)
+    place = pick_device(device, "--device")
     check_clock(cpu_time, place)
     if place.type == "cpu":
         keep_memory()

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -157,6 +158,8 @@ def library(
         ours = found == cached or made_from(found / "library.so").serves(key, cuda)
         if ours and broken != found / "library.so" and _intact(found):
             return found / "library.so"
+    if sys.platform == "win32":
+        raise BuildError(f"kernels are not compiled on Windows, and {why}", "use kernels: auto or reference")
     if not builds:
         find_compiler()
         later = f"`ultrazoo doctor --build`, or the first command that needs them, compiles them into {cached}"

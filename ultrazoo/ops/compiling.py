@@ -211,8 +211,10 @@ def _compile(steps: dict[Path, tuple[list[str], bool, Path]], compilers: Compile
                     future.result()
             if report is not None:
                 report(len(steps), len(steps))
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            if not isinstance(error, BuildError):  # a signal handler raised it
+                compilers.stop()
             raise
 
 

@@ -1,4 +1,4 @@
-"""The conformance kit for mixers: ten laws that hold for every block that mixes tokens, ours or a plugin's.
+"""The conformance kit for mixers: twelve laws that hold for every block that mixes tokens, ours or a plugin's.
 
 Each law takes a ``BlockSpec``, builds the block at a tiny size with scrambled weights (so that an initial zero hides
 nothing), measures, and returns a ``LawResult`` or raises ``LawViolation`` with the numbers::
@@ -25,28 +25,35 @@ from torch import Tensor
 from ultrazoo.spec import BlockKind, BlockSpec
 from ultrazoo.testing.law_kit import (
     LAWS,
+    RETURNING,
     ROUNDING,
     Check,
     LawResult,
     LawViolation,
     Subject,
+    accepted,
     difference,
     finite,
     law,
     packed_rows,
+    with_gaps,
 )
 
 __all__ = ["LAWS", "LawResult", "LawViolation", "laws_of", "run_laws"]
+
+MIXERS_ALONE = ("direction", "returning documents")
+"""Laws that a block of another kind has no part in."""
 
 
 def laws_of(kind: BlockKind) -> tuple[str, ...]:
     """Return the names of the laws that apply to a kind of block.
 
-    Only a mixer has a direction. An embedding is held to them in a model: it takes no vectors.
+    Only a mixer has a direction, and reads which document a token is of. An embedding is checked in a model: it takes
+    no vectors.
     """
     if kind == "embedding":
         return ()
-    return tuple(name for name in LAWS if kind == "mixer" or name != "direction")
+    return tuple(name for name in LAWS if kind == "mixer" or name not in MIXERS_ALONE)
 
 
 def run_laws(
@@ -244,3 +251,29 @@ def determinism(subject: Subject) -> Iterator[Check]:
     for key, value in runs[0].items():
         share = value.ne(runs[1][key]).double().mean().item()
         yield Check(f"{key} in train mode: share of numbers that differ", share, 0)
+
+
+@law("gaps")
+def gaps(subject: Subject) -> Iterator[Check]:
+    """Padding inside documents changes nothing at real tokens: outputs and gradients are those with it cut out."""
+    block, segments = subject.build(), with_gaps(packed_rows()[0])
+    x, probe = subject.input(*segments.shape), subject.input(*segments.shape, seed=4)
+    x = torch.where(segments.eq(0).unsqueeze(2), 1e3 * x, x).requires_grad_()
+    y = block(x, segments)
+    (dx,) = torch.autograd.grad((y * probe).sum(), x)
+    for row, keep in enumerate(segments.ne(0)):
+        cut = x[row : row + 1, keep].detach().requires_grad_()
+        apart = block(cut, segments[row : row + 1, keep])
+        (gradient,) = torch.autograd.grad((apart * probe[row, keep]).sum(), cut)
+        what = f"row {row} with padding inside documents against the row without it"
+        yield difference(f"{what}: output", y[row : row + 1, keep], apart)
+        yield difference(f"{what}: gradient of x", dx[row : row + 1, keep], gradient)
+    yield Check("largest output at padding", y[segments.eq(0)].abs().sum().item(), 0)
+
+
+@law("returning documents")
+def returning_documents(subject: Subject) -> Iterator[Check]:
+    """A document number that returns after another document is an error."""
+    block = subject.build()
+    rows = accepted(lambda segments: block(subject.input(*segments.shape), segments))
+    yield Check(f"rows accepted in which a document returns, of {len(RETURNING)}: {rows}", float(len(rows)), 0)
