@@ -20,11 +20,12 @@ LAYERS = [
     [
         "ultrazoo.spec",
         "ultrazoo.presets",
-        "ultrazoo.verdicts",
+        "ultrazoo.distributions",
         "ultrazoo.options",
         "ultrazoo.arguments",
         "ultrazoo.revisions",
     ],
+    ["ultrazoo.caches", "ultrazoo.verdicts"],
     ["ultrazoo.ops"],
     ["ultrazoo.hookspecs", "ultrazoo.offers", "ultrazoo.plugins", "ultrazoo.registry", "ultrazoo"],
     ["ultrazoo.nn"],

@@ -36,6 +36,7 @@ from typing import Any
 
 import torch
 
+from ultrazoo.distributions import version_of
 from ultrazoo.errors import KernelUnavailableError, PluginError
 from ultrazoo.ops import dispatch, loader, policy, status
 from ultrazoo.ops.build import BUILT_IN
@@ -201,8 +202,8 @@ class OpLibrary:
     def origin(self) -> str:
         """The distribution whose module made the library, as error messages name it."""
         package = self.owner.partition(".")[0]
-        names = importlib.metadata.packages_distributions().get(package, ())
-        found = " or ".join(f"{name} {importlib.metadata.version(name)}" for name in sorted(set(names)))
+        names = filter(None, importlib.metadata.packages_distributions().get(package, ()))  # None: without METADATA
+        found = " or ".join(f"{name} {version_of(name)}" for name in sorted(set(names)))
         return f"{found} (module {self.owner})" if found else f"module {self.owner}"
 
     def forget(self) -> None:
