@@ -48,6 +48,7 @@ __all__ = [
     "OpLibrary",
     "Policy",
     "define",
+    "find_op",
     "get_kernel_policy",
     "kernel_policy",
     "kernel_status",
@@ -69,8 +70,11 @@ _announced: set[tuple[str, str, str, str | None]] = set()
 class Op:
     """``namespace::name``; calling it runs the compiled kernel or the reference, as the kernel policy says."""
 
-    def __init__(self, namespace: str, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    def __init__(
+        self, namespace: str, name: str, dtypes: tuple[torch.dtype, ...], *, has_backward: bool = False
+    ) -> None:
         self.namespace, self.name = namespace, name
+        self.has_backward = has_backward
         self.qualname = f"{namespace}::{name}"
         self.dtypes = dtypes
         packet = getattr(getattr(torch.ops, namespace), name)
@@ -235,7 +239,7 @@ class OpLibrary:
             raise PluginError(f"{self.origin}: got schema {schema!r}, expected a name without namespace: it is given")
         for full_name in (name, f"{name}.reference"):
             self._torch_library.define(f"{full_name}({arguments}", tags=(torch.Tag.pt2_compliant_tag,))
-        op = _ops[f"{self.namespace}::{name}"] = Op(self.namespace, name, dtypes)
+        op = _ops[f"{self.namespace}::{name}"] = Op(self.namespace, name, dtypes, has_backward=backward is not None)
 
         def default_kernel(*args: Any) -> Any:
             device = args[0].device.type
@@ -274,6 +278,11 @@ def _with_backward_op(
 def libraries() -> dict[str, OpLibrary]:
     """Return every library made in this process, by namespace: ultrazoo's and those of the plugins that are loaded."""
     return dict(_libraries)
+
+
+def find_op(name: str) -> Op | None:
+    """Return an op by its full name; None if no library defined it."""
+    return _ops.get(name)
 
 
 def library_of(op: str) -> OpLibrary | None:
