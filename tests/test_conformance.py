@@ -136,7 +136,7 @@ def test_what_does_not_load_or_fit_is_a_failure(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(ConformanceFailure, match="plugin API 0"):
         loads.hold()
     results = {task.id: task for task in plan("ultrazoo-twin", quick=True)}
-    assert "'retnet' is offered by ultrazoo 0.1.0" in results["twin-plugin-names"].run().what
+    assert "block 'retnet' of ultrazoo-twin 1.2 (plugin 'twin') is skipped" in results["twin-plugin-names"].run().what
     assert "did you mean 'retnet'" in results["bad-preset-builds"].run().what
     with pytest.raises(UnknownNameError, match="did you mean 'mamba'"):
         plan("mambaa")

@@ -110,15 +110,19 @@ def test_embeddings_of_a_plugin_take_the_place_of_the_built_in(zoo):
     assert field["enum"] == ["half", None]
 
 
+def test_a_switch_that_the_embeddings_do_not_read_is_a_notice(zoo):
+    on = {"embedding_type": "half", "use_embedding_conv": True, "use_factorized_embedding": True}
+    config = ModelConfig.model_validate({**SMALL, "factorized_embedding_dim": 8, **on})
+    notice = "model.use_embedding_conv: has no effect: embedding_type 'half' does not read it"
+    assert notice in config.notices()
+    assert "conv" not in "".join(build_model(config).state_dict())
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"embedding_type": "hlf"}, r"model\.embedding_type: unknown name 'hlf'; did you mean 'half'"),
         ({"embedding_type": "half", "block_options": {"half": {"fctor": 1}}}, r"half\.fctor: unknown field"),
-        (
-            {"embedding_type": "half", "use_embedding_conv": True, "use_factorized_embedding": True},
-            r"model\.use_embedding_conv: got true, but embedding_type 'half'",
-        ),
     ],
 )
 def test_wrong_embeddings_are_told_by_their_path(zoo, fields, message):

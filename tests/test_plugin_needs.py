@@ -43,13 +43,16 @@ def test_without_the_plugin_every_use_says_what_to_install(
 ) -> None:
     assert call(*(word.replace("RUN", str(trained / "run")) for word in command.split())) == 2
     error = capsys.readouterr().err
-    assert "plugins.ultrazoo-toy: version 0.3 is needed and none is installed; pip install ultrazoo-toy" in error
+    assert "plugins.ultrazoo-toy: version 0.3 is needed and none is installed; ultrazoo does not know" in error
+    assert "pip install" not in error
     assert "model.layer_pattern[1]: unknown name 'toy'" in error
 
 
 def test_inspect_needs_no_plugin_and_says_which_is_missing(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("inspect", trained / "run") == 0
-    assert "warning: ultrazoo-toy: version 0.3 is needed and none is installed; pip install" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "warning: ultrazoo-toy: version 0.3 is needed and none is installed; ultrazoo does not know" in error
+    assert "pip install" not in error
     (checkpoint,) = sorted((trained / "run" / "checkpoints").glob("step-*"))[-1:]
     assert call("inspect", checkpoint) == 0
     assert "ultrazoo-toy 0.3 (toy)" in capsys.readouterr().out
@@ -77,6 +80,11 @@ def test_what_is_disabled_or_broken_is_told_as_such(monkeypatch: pytest.MonkeyPa
         caught.value
     )
     assert "plugins.zoo-bad: zoo-bad 1.2 (plugin 'bad') did not load: ImportError: no torch" in str(caught.value)
+
+
+def test_only_published_plugins_are_recommended() -> None:
+    assert needs.missing({"ultrazoo-gla": "1"})["ultrazoo-gla"].endswith("pip install ultrazoo-gla")
+    assert "pip install" not in needs.missing({"ultrazoo-gIa": "1"})["ultrazoo-gIa"]
 
 
 def test_a_config_of_built_in_blocks_needs_nothing(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from plugin_parts import Entry, block, load, module_with, op
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from ultrazoo.config import ModelConfig, load_config
+from ultrazoo.config import ModelConfig, config_from_dict, load_config
 from ultrazoo.errors import ConfigError, PluginError, UnknownNameError
-from ultrazoo.registry import Registry
+from ultrazoo.registry import Registry, registry
 from ultrazoo.spec import PresetSpec
 
 Patch = pytest.MonkeyPatch
@@ -32,8 +32,8 @@ class Taken(BaseModel):
     block: int = 1
 
 
-def preset(path: str) -> PresetSpec:
-    return PresetSpec(name="p", path=Path(path), summary="")
+def preset(path: str | Path, name: str = "p") -> PresetSpec:
+    return PresetSpec(name=name, path=Path(path), summary="")
 
 
 def unmarked() -> Module:
@@ -146,14 +146,56 @@ def test_same_entry_point_name_in_two_distributions_loads_both(monkeypatch: Patc
 
 
 @pytest.mark.parametrize("kind", ["mixer", "norm"])
-def test_a_name_offered_twice_is_an_error_that_names_both(kind: str, monkeypatch: Patch) -> None:
-    again = module_with(ultrazoo_blocks=lambda: [block("retnet", kind=kind)])
-    zoo = Registry(list(load(monkeypatch, Entry("copy", "zoo-copy", again)).values()))
-    with pytest.raises(PluginError, match=r"here: .*ultrazoo .*core.* and zoo-copy 1.2 .*uninstall one of them"):
-        zoo.block("mixer", "retnet", "here")
-    assert "retnet" not in zoo.mixers()
-    assert "mamba" in zoo.mixers()
-    assert len(zoo.clashes()) == 1
+def test_a_built_in_name_wins_and_the_plugins_block_has_its_full_name(kind: str, monkeypatch: Patch) -> None:
+    again = module_with(
+        ultrazoo_blocks=lambda: [block("retnet", kind=kind)], ultrazoo_presets=lambda: [preset(__file__, "mini")]
+    )
+    zoo = Registry(list(load(monkeypatch, Entry("copy", "Zoo_Copy", again)).values()))
+    built_in = zoo.block("mixer", "retnet", "here")
+    assert built_in.paper and zoo.home_of("retnet").built_in and zoo.clashes() == []
+    for name in ("Zoo_Copy/retnet", "zoo-copy/retnet"):
+        theirs = zoo.block(kind, name)
+        assert (theirs.name, theirs.module) == (name, nn.Identity)
+        assert zoo.home_of(name).distribution == "Zoo_Copy"
+    assert zoo.block("mixer", "ultrazoo/retnet").module is built_in.module
+    assert "Zoo_Copy/retnet" in zoo.blocks(kind) and "retnet" in zoo.mixers()
+    assert zoo.preset("mini") == registry().preset("mini") and zoo.preset("zoo-copy/mini") == Path(__file__)
+    lines = zoo.shadowed()
+    assert len(lines) == 2 and "write Zoo_Copy/retnet to use it" in lines[0]
+    assert "block 'retnet' of Zoo_Copy 1.2 (plugin 'copy') is skipped" in lines[0]
+    assert [spec.name for spec in zoo.blocks_of(zoo.home_of("zoo-copy/retnet"))] == ["Zoo_Copy/retnet"]
+
+
+def two_hyenas(monkeypatch: Patch) -> Registry:
+    entries = [
+        Entry(name, f"zoo-{name}", module_with(ultrazoo_blocks=lambda: [block("hyena")])) for name in ("one", "two")
+    ]
+    return Registry(list(load(monkeypatch, *entries).values()))
+
+
+def test_a_name_of_two_plugins_is_an_error_that_says_what_to_write(monkeypatch: Patch) -> None:
+    zoo = two_hyenas(monkeypatch)
+    with pytest.raises(PluginError, match=r"here: .*zoo-one 1.2 .* and zoo-two 1.2 .*; write zoo-one/hyena or zoo-two"):
+        zoo.block("mixer", "hyena", "here")
+    assert {"zoo-one/hyena", "zoo-two/hyena"} <= set(zoo.mixers()) and "hyena" not in zoo.mixers()
+    assert len(zoo.clashes()) == 1 and zoo.shadowed() == []
+    with pytest.raises(UnknownNameError, match="unknown name 'zoo-six/hyena'"):
+        zoo.block("mixer", "zoo-six/hyena")
+
+
+def test_a_config_with_full_names_is_resolved_and_loads_again(monkeypatch: Patch) -> None:
+    zoo = two_hyenas(monkeypatch)
+    for module in ("model", "needs"):
+        monkeypatch.setattr(f"ultrazoo.config.{module}.registry", lambda: zoo)
+    given = {"layer_pattern": ["retnet", {"block": "zoo-two/hyena"}, "ultrazoo/retnet"]}
+    config = config_from_dict({"model": given}, "here")
+    assert config.plugins == {"zoo-two": "1.2"}
+    assert config.model.mixer_names == ("retnet", "zoo-two/hyena", "ultrazoo/retnet")
+    assert config_from_dict(config.to_dict(), "again") == config
+    before = {"plugins": {"zoo-two": "1.2"}, "model": {"layer_pattern": ["hyena", "retnet"]}}  # written with one alone
+    assert config_from_dict(before, "checkpoint").model.mixer_names == ("zoo-two/hyena", "retnet")
+    with pytest.raises(ConfigError, match="write zoo-one/hyena or zoo-two/hyena"):
+        config_from_dict({"model": {"layer_pattern": ["hyena"]}}, "here")
 
 
 def test_plugins_are_disabled_by_name_by_distribution_or_altogether(monkeypatch: Patch) -> None:

@@ -230,7 +230,7 @@ def test_a_damaged_env_json_is_set_aside_and_the_run_goes_on(text: Path, tmp_pat
     assert isinstance(report, RunReport) and report.starts == []
     train(make_config(text, max_steps=2), run_dir=tmp_path, resume="auto", console=console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "env.json: damaged: got" in said and "set aside as env.1.json" in said
+    assert "env.json: damaged: " in said and "set aside as env.1.json" in said
     assert (tmp_path / "env.1.json").read_bytes() == damaged
     assert [start["step"] for start in json.loads((tmp_path / "env.json").read_text())["starts"]] == [1]
 

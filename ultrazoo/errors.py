@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST_NAME = 100
+"""Characters of a name for which a similar one is looked for."""
+
 
 class UltrazooError(Exception):
     """Base of every error that a user can cause or cure."""
@@ -24,7 +27,7 @@ class UnknownNameError(ConfigError):
     def __init__(self, where: str, got: str, known: Iterable[str], cure: str | None = None) -> None:
         names = sorted(known)
         hint = did_you_mean(got, names) if cure is None else cure
-        super().__init__(f"{where}: unknown name {got!r}; {hint}known: {', '.join(names) or 'none'}")
+        super().__init__(f"{where}: unknown name {shortened(repr(got))}; {hint}known: {', '.join(names) or 'none'}")
 
 
 class PluginError(UltrazooError):
@@ -49,7 +52,14 @@ class NonFiniteError(UltrazooError):
     exit_code = 3
 
 
+def shortened(text: str, most: int = 200) -> str:
+    """Return a text, or its first ``most`` characters and how many there are."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
 def did_you_mean(got: str, known: Iterable[str]) -> str:
     """Return ``"did you mean 'x'? "`` for the nearest known name, or an empty string."""
+    if len(got) > LONGEST_NAME:
+        return ""
     near = difflib.get_close_matches(got, list(known), n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}? " if near else ""

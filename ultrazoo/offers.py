@@ -76,6 +76,10 @@ def _checked(hook: str, answer: Any, kind: type[Spec]) -> tuple[Any, ...]:
             raise TypeError(f"{hook}() offered {spec!r}, expected {kind.__name__}")
         if not isinstance(spec.name, str) or not spec.name:
             raise TypeError(f"{hook}() offered a {kind.__name__} with name {spec.name!r}, expected text")
+        if "/" in spec.name:
+            raise ValueError(
+                f"{hook}() offered {spec.name!r}, expected a name without '/', which separates distribution and name"
+            )
         _CHECKS[kind](spec)
     names = [spec.name for spec in offered]
     for name in names:

@@ -42,7 +42,7 @@ def read_metrics(run_dir: Path) -> list[Record]:
         try:
             record = json.loads(line)
             merged.setdefault(operator.index(record["step"]), {}).update(record)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number == len(lines):
                 break
             raise DataError(f"{path}:{number}: got {line[:80]!r}, expected a JSON object with a step") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,6 +51,10 @@ class Plugin:
         """Distribution and version, as error messages name it."""
         return f"{self.distribution} {self.version} (plugin {self.name!r})"
 
+    def is_of(self, distribution: str) -> bool:
+        """True if the plugin belongs to a distribution, however its name is spelled (PEP 503)."""
+        return _normalized(distribution) == _normalized(self.distribution)
+
     @property
     def built_in(self) -> bool:
         """True for ultrazoo's own."""
@@ -68,6 +73,10 @@ class Plugin:
         if self.disabled:
             return f"is disabled by {DISABLE}={os.environ.get(DISABLE, '')}"
         return f"did not load: {self.reason}" if self.reason is not None else ""
+
+
+def _normalized(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def load_plugins() -> list[Plugin]:

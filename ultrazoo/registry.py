@@ -6,7 +6,7 @@ import functools
 import logging
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -21,7 +21,11 @@ log = logging.getLogger("ultrazoo")
 
 @dataclass
 class _Table(Generic[Spec]):
-    """Specs of one kind with the plugins that offer each; a name offered twice is kept, and is an error to use."""
+    """Specs of one kind with the plugins that offer each.
+
+    A bare name means the built-in spec, if there is one; without one it is an error if several plugins offer it.
+    ``distribution/name`` means the spec of that distribution.
+    """
 
     kind: str
     offers: dict[str, list[tuple[Spec, Plugin]]] = field(default_factory=dict)
@@ -29,21 +33,52 @@ class _Table(Generic[Spec]):
     def add(self, spec: Spec, plugin: Plugin) -> None:
         self.offers.setdefault(spec.name, []).append((spec, plugin))
 
+    def candidates(self, name: str) -> list[tuple[Spec, Plugin]]:
+        """Return what a name may mean, each spec under that name; more than one is a clash."""
+        distribution, bare = split_name(name)
+        offers = self.offers.get(bare, [])
+        if distribution:
+            return [(replace(spec, name=name), plugin) for spec, plugin in offers if plugin.is_of(distribution)]
+        return [offer for offer in offers if offer[1].built_in] or offers
+
     def get(self, name: str, where: str) -> Spec:
-        offers = self.offers[name]
-        if len(offers) > 1:
+        found = self.candidates(name)
+        if len(found) > 1:
             raise PluginError(f"{where or self.kind}: {self.clash(name)}")
-        return offers[0][0]
+        return found[0][0]
 
     def clash(self, name: str) -> str:
-        owners = " and ".join(plugin.origin for _, plugin in self.offers[name])
-        return f"{self.kind} {name!r} is offered by {owners}; uninstall one of them, or leave it out with {DISABLE}"
+        plugins = [plugin for _, plugin in self.candidates(name)]
+        apart = sorted({f"{plugin.distribution}/{split_name(name)[1]}" for plugin in plugins})
+        cure = f"write {' or '.join(apart)}" if len(apart) == len(plugins) else "uninstall one of them"
+        owners = " and ".join(plugin.origin for plugin in plugins)
+        return f"{self.kind} {name!r} is offered by {owners}; {cure}, or leave one out with {DISABLE}"
 
     def clashes(self) -> list[str]:
-        return [self.clash(name) for name, offers in self.offers.items() if len(offers) > 1]
+        return [self.clash(name) for name in self.offers if len(self.candidates(name)) > 1]
+
+    def shadowed(self) -> list[str]:
+        return [
+            f"{self.kind} {name!r} of {plugin.origin} is skipped: ultrazoo has a built-in {self.kind} of that name; "
+            f"write {plugin.distribution}/{name} to use it"
+            for name in self.offers
+            for _, plugin in self.offers[name]
+            if plugin not in [owner for _, owner in self.candidates(name)]
+        ]
 
     def all(self) -> dict[str, Spec]:
-        return {name: offers[0][0] for name, offers in sorted(self.offers.items()) if len(offers) == 1}
+        """Return every usable spec by its shortest name: bare, or ``distribution/name`` where the bare one is taken."""
+        names = set(self.offers)
+        for name, offers in self.offers.items():
+            if len(offers) > 1:
+                names |= {f"{plugin.distribution}/{name}" for _, plugin in offers if not plugin.built_in}
+        return {name: self.get(name, "") for name in sorted(names) if len(self.candidates(name)) == 1}
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Split ``distribution/name``; the distribution of a bare name is empty."""
+    distribution, _, bare = name.rpartition("/")
+    return distribution, bare
 
 
 class Registry:
@@ -72,15 +107,15 @@ class Registry:
 
         Args:
             kind: ``mixer``, ``ffn`` or ``norm``.
-            name: Its name in YAML.
+            name: Its name in YAML, or ``distribution/name``.
             where: Start of the error message, a dotted path.
 
         Raises:
             UnknownNameError: No plugin offers it, or it is of another kind.
-            PluginError: Two plugins offer it.
+            PluginError: Two plugins offer it, and none of them is the built-in one.
         """
         known = [other for other, offers in self._blocks.offers.items() if offers[0][0].kind == kind]
-        if name not in self._blocks.offers:
+        if not self._blocks.candidates(name):
             raise self._unknown(name, where or kind, known)
         spec = self._blocks.get(name, where)
         if spec.kind != kind:
@@ -103,14 +138,26 @@ class Registry:
             UnknownNameError: No plugin offers it.
             PluginError: Two plugins offer it.
         """
-        if name not in self._blocks.offers:
+        if not self._blocks.candidates(name):
             raise self._unknown(name, where or "block", self._blocks.offers)
         return self._blocks.get(name, where)
 
     def home_of(self, block: str) -> Plugin:
         """Return the plugin that offers a block."""
         self.find_block(block)
-        return self._blocks.offers[block][0][1]
+        return self._blocks.candidates(block)[0][1]
+
+    def distributions_of(self, block: str) -> list[str]:
+        """Return the distributions that offer a block, none for an unknown name."""
+        return [plugin.distribution for _, plugin in self._blocks.candidates(block)]
+
+    def blocks_of(self, plugin: Plugin) -> list[BlockSpec]:
+        """Return a plugin's blocks, each under a name that means this block and no other."""
+        named = [(spec, f"{plugin.distribution}/{spec.name}") for spec in plugin.blocks]
+        return [
+            spec if self._blocks.candidates(spec.name) == [(spec, plugin)] else replace(spec, name=full)
+            for spec, full in named
+        ]
 
     def op(self, name: str, where: str = "") -> OpSpec:
         """Return an op by its full name, ``namespace::name``.
@@ -118,7 +165,7 @@ class Registry:
         Raises:
             UnknownNameError: No plugin offers it.
         """
-        if name not in self._ops.offers:
+        if not self._ops.candidates(name):
             raise self._unknown(name, where or "op", self._ops.offers)
         return self._ops.get(name, where)
 
@@ -133,7 +180,7 @@ class Registry:
             UnknownNameError: No plugin offers it.
             PluginError: Two plugins offer it.
         """
-        if name not in self._presets.offers:
+        if not self._presets.candidates(name):
             raise self._unknown(name, where or "preset", self._presets.offers)
         return self._presets.get(name, where).path
 
@@ -146,14 +193,19 @@ class Registry:
         return sorted(name for name, spec in self._blocks.all().items() if field_name in spec.config.model_fields)
 
     def clashes(self) -> list[str]:
-        """Return a line for each name that two plugins offer."""
+        """Return a line for each name that several plugins offer, none of them built in."""
         return [*self._blocks.clashes(), *self._ops.clashes(), *self._presets.clashes()]
+
+    def shadowed(self) -> list[str]:
+        """Return a line for each spec that is skipped because a built-in one has its name."""
+        return [*self._blocks.shadowed(), *self._ops.shadowed(), *self._presets.shadowed()]
 
     def _unknown(self, name: str, where: str, known: Iterable[str]) -> UnknownNameError:
         """An error that also names the plugins that would offer the name, or may, if they were there."""
-        absent = [plugin for plugin in self.plugins if plugin.absence]
-        home = PUBLISHED.get(name)
-        sure = [p for p in absent if name in p.withheld or home == p.distribution]
+        distribution, bare = split_name(name)
+        absent = [p for p in self.plugins if p.absence and (not distribution or p.is_of(distribution))]
+        home = PUBLISHED.get(bare) if distribution in ("", PUBLISHED.get(bare)) else None
+        sure = [p for p in absent if bare in p.withheld or home == p.distribution]
         if sure:
             cure = "".join(f"it is offered by {plugin.origin}, which {plugin.absence}; " for plugin in sure)
         elif home is not None:
@@ -179,7 +231,7 @@ def _load() -> Registry:
     finally:
         _loading = False
     zoo = Registry(plugins)
-    for line in [*(plugin.error for plugin in plugins if plugin.error), *zoo.clashes()]:
+    for line in [*(plugin.error for plugin in plugins if plugin.error), *zoo.clashes(), *zoo.shadowed()]:
         log.warning("%s", line)
     names = {name for plugin in plugins for name in (plugin.name, plugin.distribution)} | {"all"}
     for name in sorted(disabled_names() - names):

@@ -131,5 +131,5 @@ def _row(line: str, where: str) -> Row:
             )
         values = {name: data[name] for name in Row.__dataclass_fields__}
         return Row(**{**values, "machine": Machine(**values["machine"])})
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{where}: got {line[:80]!r}, expected a row that --output wrote: {error!r}") from error

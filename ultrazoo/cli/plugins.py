@@ -34,6 +34,7 @@ def plugins(
     _print(found)
     problems = [("left out", plugin.origin, plugin.reason) for plugin in zoo.plugins if plugin.error]
     problems += [("clash", "", line) for line in zoo.clashes()]
+    problems += [("skipped", "", line) for line in zoo.shadowed()]
     if problems:
         print()
         print_table("Problems", ("", "plugin", "reason and cure"), problems)
@@ -104,7 +105,7 @@ def last_check(plugin: Plugin) -> dict[str, Any]:
         state = "passed" if verdict["passed"] is True else "failed"
     except FileNotFoundError:
         return {"state": "not checked"}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return {"state": "unreadable", "path": str(path), "reason": f"{type(error).__name__}: {error}"}
     return {**verdict, "state": state if made_for == (plugin.version, __version__) else "stale"}
 

@@ -26,9 +26,8 @@ def list_(as_json: Json = False) -> None:
     from ultrazoo.registry import registry
 
     zoo = registry()
-    homes = {(block.kind, block.name): plugin for plugin in zoo.plugins for block in plugin.blocks}
     blocks = [
-        {"name": name, "kind": kind, "paper": spec.paper, "plugin": homes[kind, name].name}
+        {"name": name, "kind": kind, "paper": spec.paper, "plugin": zoo.home_of(name).name}
         for kind in KINDS
         for name, spec in zoo.blocks(kind).items()
     ]

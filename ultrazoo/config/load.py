@@ -14,8 +14,8 @@ from ultrazoo.config.model import ModelConfig
 from ultrazoo.config.overrides import apply_override
 from ultrazoo.config.problems import ProblemsError, problems_of
 from ultrazoo.config.training import TrainingConfig
-from ultrazoo.config.yaml import dump_yaml, parse_yaml
-from ultrazoo.errors import ConfigError, did_you_mean
+from ultrazoo.config.yaml import dump_yaml, read_yaml
+from ultrazoo.errors import ConfigError, UnknownNameError, did_you_mean
 from ultrazoo.options import Options
 from ultrazoo.registry import registry
 
@@ -37,11 +37,16 @@ class Config(Options):
 
     @model_validator(mode="before")
     @classmethod
+    def _settle_names(cls, data: Any) -> Any:
+        return needs.with_distributions(data) if isinstance(data, dict) else data
+
+    @model_validator(mode="before")
+    @classmethod
     def _mini(cls, data: Any) -> Any:
         if isinstance(data, dict) and data.get("model_class") == "mini":
             model = data.get("model", {})
-            if isinstance(model, dict):
-                return {**data, "model": {"use_factorized_embedding": True, **model}}
+            if isinstance(model, dict) and model.get("use_factorized_embedding", False) is False:
+                return {**data, "model": {**model, "use_factorized_embedding": True}}
         return data
 
     @field_validator("plugins")
@@ -56,11 +61,6 @@ class Config(Options):
     @model_validator(mode="after")
     def _check(self) -> Config:
         lines = []
-        if self.model_class == "mini" and not self.model.use_factorized_embedding:
-            lines.append(
-                "model.use_factorized_embedding: got false with model_class mini, which always factorises; "
-                "set model_class to frankenstein, or remove the field"
-            )
         limit = self.model.max_position_embeddings
         if self.model.position_embedding == "learned" and self.training.max_length > limit:
             lines.append(
@@ -104,11 +104,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> LoadedConf
         ConfigError: Every problem of the file and the overrides, one line each.
     """
     path = _find(source)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}; expected a YAML file") from error
-    data = parse_yaml(text, str(path))
+    data = read_yaml(path)
     if data is None:
         data = {}
     if not isinstance(data, dict):
@@ -130,6 +126,11 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> LoadedConf
         for line in config.model.notices() + config.training.notices()
         if origins.get(line.split(":")[0]) != "default"
     ]
+    if config.model_class == "mini" and data.get("model", {}).get("use_factorized_embedding") is False:
+        notices.append(
+            "model.use_factorized_embedding: false has no effect: model_class mini always factorises; "
+            "set model_class to frankenstein for embeddings of full width"
+        )
     return LoadedConfig(config=config, name=path.stem, origins=origins, notices=notices)
 
 
@@ -149,7 +150,8 @@ def config_from_dict(data: Mapping[str, Any], where: str) -> Config:
             "training": {key: {} for key in TrainingConfig.model_fields},
         }
         lines = problems_of(error, "", known)
-        raise ConfigError("\n".join([f"{where}: {len(lines)} problem(s)", *(f"  {line}" for line in lines)])) from error
+        count = max(len(lines), error.error_count())
+        raise ConfigError("\n".join([f"{where}: {count:,} problem(s)", *(f"  {line}" for line in lines)])) from error
 
 
 def _find(source: str | Path) -> Path:
@@ -160,11 +162,14 @@ def _find(source: str | Path) -> Path:
         raise ConfigError(f"{path}: is a folder, expected a YAML file or the name of a preset")
     if path.exists() and not path.is_dir():
         return path
+    try:
+        return registry().preset(str(source), "config")
+    except UnknownNameError:
+        if path.suffix not in (".yaml", ".yml") and len(path.parts) == 1:
+            raise
     presets = registry().presets()
-    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        hint = did_you_mean(path.stem, presets)
-        raise ConfigError(f"{path}: no such file; {hint}presets that need no path: {', '.join(presets)}")
-    return registry().preset(str(source), "config")
+    hint = did_you_mean(path.stem, presets)
+    raise ConfigError(f"{path}: no such file; {hint}presets that need no path: {', '.join(presets)}")
 
 
 def _leaves(data: Mapping[str, Any], prefix: str = "") -> list[str]:

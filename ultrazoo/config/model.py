@@ -118,7 +118,7 @@ class ModelConfig(Options):
             # frozen for users; a default that depends on other fields is settled here, once
             unused = not blind or (self.use_hope and blind == hope)
             self.__dict__["position_embedding"] = "none" if unused else "rope"
-        lines += self._without_effect(specs)
+        lines += self._contradictions()
         known = {(str(spec.kind), spec.name): spec for spec in specs}
         uses = [("mixer", name, position) for position, name in enumerate(self.mixer_names)]
         for kind, name, position in [*uses, *((*block, None) for block in self._single_blocks)]:
@@ -140,42 +140,17 @@ class ModelConfig(Options):
                 found.append(zoo.block(kind, name, where))
             except (UnknownNameError, PluginError) as error:
                 lines.append(str(error))
-        unknown = {name for _, name, _ in places} - {spec.name for spec in found}  # told of above
         for name in self.block_options:
-            if name not in unknown | {spec.name for spec in found}:
-                lines.append(
-                    f"model.block_options.{name}: no layer uses this block, so its options cannot act; "
-                    f"blocks in use: {', '.join(sorted({spec.name for spec in found}))}"
-                )
+            try:
+                zoo.find_block(name, f"model.block_options.{name}")
+            except (UnknownNameError, PluginError) as error:
+                if name not in {place for _, place, _ in places}:  # reported above otherwise
+                    lines.append(str(error))
         return list({spec.name: spec for spec in found}.values())
 
-    def _without_effect(self, specs: list[BlockSpec]) -> list[str]:
-        """Switches that are on and cannot act, given the blocks in use."""
-        read = {field for spec in specs for field in spec.config.model_fields}
+    def _contradictions(self) -> list[str]:
+        """Settings that contradict each other."""
         lines = []
-        for switch in ("use_hope", "use_bitnet"):
-            if getattr(self, switch) and switch not in read:
-                users = registry().readers_of(switch)
-                lines.append(
-                    f"model.{switch}: got true, but no block of layer_pattern {list(self.mixer_names)} reads it; "
-                    f"set it to false, or use one of: {', '.join(users)}"
-                )
-        rope_by_hand = self.position_embedding == "rope" and "position_embedding" in self.model_fields_set
-        if rope_by_hand and "position_embedding" not in read:
-            lines.append(
-                f"model.position_embedding: got 'rope', but no block of layer_pattern {list(self.mixer_names)} "
-                "rotates its queries and keys; use learned, sinusoidal or none"
-            )
-        if self.use_embedding_conv and not self.use_factorized_embedding:
-            lines.append(
-                "model.use_embedding_conv: got true with use_factorized_embedding false; the convolution runs on the "
-                "factorised embeddings: set use_factorized_embedding to true (model_class mini does)"
-            )
-        if self.use_embedding_conv and self.embedding_type and "use_embedding_conv" not in read:
-            lines.append(
-                f"model.use_embedding_conv: got true, but embedding_type {self.embedding_type!r} does not read it; "
-                "set it to false, or leave embedding_type unset"
-            )
         if self.use_moe and self.ffn_type != "mlp":
             lines.append(
                 f"model.ffn_type: got {self.ffn_type!r} with use_moe true, which selects 'moe'; set one of them"
@@ -191,7 +166,7 @@ class ModelConfig(Options):
         """Values that were set by hand and have no effect on this model, each with the reason."""
         specs = [registry().block(kind, name) for kind, name in self.blocks_used]
         read = {field for spec in specs for field in spec.config.model_fields}
-        lines = []
+        lines = self._idle_switches(read)
         for field in sorted(self.model_fields_set):
             switch = SWITCHED.get(field)
             if switch and not getattr(self, switch):
@@ -203,11 +178,42 @@ class ModelConfig(Options):
                 lines.append(f"model.{field}: has no effect unless position_embedding is learned")
         for name, options in self.block_options.items():
             uses = [self.own_options(i) for i, mixer in enumerate(self.mixer_names) if mixer == name]
+            if name not in {spec.name for spec in specs}:
+                used = ", ".join(sorted({spec.name for spec in specs}))
+                lines.append(
+                    f"model.block_options.{name}: has no effect: no layer uses this block; blocks in use: {used}"
+                )
             for option in options:
                 if uses and all(option in own for own in uses):
                     lines.append(
                         f"model.block_options.{name}.{option}: has no effect, for every layer of the block sets its own"
                     )
+        return lines
+
+    def _idle_switches(self, read: set[str]) -> list[str]:
+        """Return a notice for each switch that is on and has no effect, given the fields that the blocks read."""
+        lines = []
+        mixers = list(self.mixer_names)
+        for switch in ("use_hope", "use_bitnet"):
+            if getattr(self, switch) and switch not in read:
+                users = ", ".join(registry().readers_of(switch))
+                lines.append(
+                    f"model.{switch}: has no effect: no block of layer_pattern {mixers} reads it, only: {users}"
+                )
+        if self.use_embedding_conv and self.embedding_type and "use_embedding_conv" not in read:
+            lines.append(
+                f"model.use_embedding_conv: has no effect: embedding_type {self.embedding_type!r} does not read it"
+            )
+        elif self.use_embedding_conv and not self.use_factorized_embedding:
+            lines.append(
+                "model.use_embedding_conv: has no effect while use_factorized_embedding is false; the convolution runs "
+                "on factorised embeddings"
+            )
+        if self.position_embedding == "rope" and "position_embedding" not in read:
+            lines.append(
+                f"model.position_embedding: 'rope' has no effect: no block of layer_pattern {mixers} rotates its "
+                "queries and keys; use learned, sinusoidal or none"
+            )
         return lines
 
 

@@ -7,7 +7,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ultrazoo.errors import did_you_mean
+from ultrazoo.errors import did_you_mean, shortened
+
+MOST_LINES = 20
+"""Problems that are shown."""
+LONGEST_LINE = 1000
 
 
 class ProblemsError(ValueError):
@@ -24,7 +28,7 @@ Loc = tuple[int | str, ...]
 def problems_of(
     error: ValidationError, prefix: str | Callable[[Loc], str], known: Iterable[str] | dict[str, Any]
 ) -> list[str]:
-    """Return one line per problem.
+    """Return one line per problem, at most ``MOST_LINES`` and one that counts the others.
 
     Args:
         error: What pydantic found.
@@ -33,7 +37,7 @@ def problems_of(
     """
     lines: list[str] = []
     found = error.errors(include_url=False)
-    for item in found:
+    for item in found[: MOST_LINES + 1]:
         if item["type"] == "too_short" and any(item["loc"] == other["loc"][:-1] for other in found):
             continue  # too short only for want of the items that are told of one by one
         cause = item.get("ctx", {}).get("error")
@@ -48,10 +52,13 @@ def problems_of(
         elif item["type"] == "missing":
             lines.append(f"{where}: missing; expected a value")
         elif cause is not None:
-            lines.append(f"{where}: {cause}")
+            lines.append(f"{where}: {shortened(str(cause), LONGEST_LINE)}")
         else:
             expected = item["msg"][0].lower() + item["msg"][1:]
-            lines.append(f"{where}: got {item['input']!r}; {expected.replace('input should be', 'expected')}")
+            got = shortened(repr(item["input"]))
+            lines.append(f"{where}: got {got}; {expected.replace('input should be', 'expected')}")
+    if len(lines) > MOST_LINES:
+        return [*lines[:MOST_LINES], f"{max(len(lines), len(found)) - MOST_LINES:,} more problems"]
     return lines
 
 
@@ -59,7 +66,7 @@ def _dotted(prefix: str, loc: Loc) -> str:
     path = prefix
     for part in loc:
         path += f"[{part}]" if isinstance(part, int) else (f".{part}" if path else str(part))
-    return path or "config"
+    return shortened(path) or "config"
 
 
 def _known_at(known: Iterable[str] | dict[str, Any], loc: Loc) -> list[str]:

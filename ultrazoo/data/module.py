@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 MASKS = 5
 COUNTED_WINDOWS = 64
 FORMAT = 1
+POSITION = {"plan", "tokenizer_sha256", "fingerprint", "epoch", "window", "row", "window_rows", "seen", "skipped"}
+"""Keys of a saved position."""
 
 
 class DataModule:
@@ -201,6 +203,8 @@ class DataModule:
             raise DataError(
                 f"data state: got format {state.get('format')!r}, expected {FORMAT}; it is of another version"
             )
+        if missing := sorted(POSITION - state.keys()):
+            raise DataError(f"data state: lacks {', '.join(missing)}; use another checkpoint")
         given, own = dict(state["plan"]), self.plan
         problems = [
             f"training.{name}: saved {given.get(name)!r}, now {value!r}"

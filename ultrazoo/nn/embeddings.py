@@ -65,7 +65,8 @@ class Embeddings(nn.Module):
         D, width = config.hidden_size, config.width
         self.tokens = nn.Embedding(config.vocab_size, width)
         nn.init.normal_(self.tokens.weight, std=config.initializer_range)
-        self.conv = SegmentConv1d(width, width, config.embedding_conv_kernel) if config.use_embedding_conv else None
+        convolved = config.use_embedding_conv and config.use_factorized_embedding
+        self.conv = SegmentConv1d(width, width, config.embedding_conv_kernel) if convolved else None
         self.projection: nn.Linear | None = None
         if config.use_factorized_embedding:
             self.projection = nn.Linear(width, D, bias=False)

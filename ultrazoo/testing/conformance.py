@@ -91,7 +91,7 @@ def _of_plugin(plugin: Plugin, quick: bool, options: Options) -> Iterator[Task]:
     if plugin.reason is not None:
         return
     yield task("plugin: names", functools.partial(parts.own_names, plugin))
-    for spec in plugin.blocks:
+    for spec in registry().blocks_of(plugin):
         yield from _of_block(plugin, spec, quick, options)
     for op in plugin.ops:
         yield from _of_op(plugin, op, quick)

@@ -37,7 +37,8 @@ def loads(plugin: Plugin) -> Finding:
 
 def own_names(plugin: Plugin) -> Finding:
     """No other plugin offers a block, op or preset of the same name."""
-    clashes = [line for line in registry().clashes() if plugin.origin in line]
+    taken = [*registry().clashes(), *registry().shadowed()]
+    clashes = [line for line in taken if plugin.origin in line]
     return bounded("; ".join(clashes) or "names that another plugin offers too", float(len(clashes)), 0.0)
 
 

@@ -26,9 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ultrazoo.config.yaml import parse_yaml
+from ultrazoo.config.yaml import read_yaml
 from ultrazoo.errors import CheckpointError, ConfigError
 from ultrazoo.train.durable import publish, read_json, to_json, verify_folder
+from ultrazoo.train.formats import State
 from ultrazoo.train.galore import state_shapes
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -81,8 +82,12 @@ def verify_checkpoint(folder: Path) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return state.json of a checkpoint."""
-    return read_json(folder / STATE)
+    """Return state.json of a checkpoint.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    return read_json(folder / STATE, State)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -93,12 +98,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError, ConfigError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}; use another checkpoint") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: got {type(data).__name__}, expected a config; use another checkpoint")
-    return data
+        data = read_yaml(path)
+    except ConfigError as error:
+        raise CheckpointError(f"{error}; use another checkpoint") from error
+    sections = data if isinstance(data, dict) else {"config": data}
+    for name, section in sections.items():
+        if name != "model_class" and not isinstance(section, dict):
+            got = type(section).__name__
+            raise CheckpointError(f"{path}: {name}: got {got}, expected a section; use another checkpoint")
+    return sections
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

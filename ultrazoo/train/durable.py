@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -11,14 +12,19 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from ultrazoo.errors import CheckpointError
+from ultrazoo.train.formats import Manifest
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 LEFTOVER = re.compile(r"\.(step-\d+(-\d+)?|latest|best|(config|env|tokenizer|metrics)(\.\w+)+)\.(tmp-\d+|deleting)")
 CHUNK = 1 << 20
+LONGEST_JSON = 4 << 20
+"""Bytes of a JSON file; those of a run have some ten thousand."""
+PROBLEMS_SHOWN = 3
 
 
 class FormatVersionError(CheckpointError):
@@ -74,7 +80,7 @@ def verify_folder(folder: Path, names: Collection[str], *, alone: bool = False) 
         FormatVersionError: The format is of another version.
         CheckpointError: A file is missing, cut short or changed.
     """
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_json(folder / MANIFEST, Manifest)
     version, files = manifest.get("format_version"), manifest.get("files")
     if version != FORMAT_VERSION:
         raise FormatVersionError(
@@ -154,16 +160,36 @@ def to_json(data: Any) -> str:
     return json.dumps(data, allow_nan=False, separators=(",", ":")) + "\n"
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, form: Any, cure: str = "use another checkpoint") -> dict[str, Any]:
     """Read one JSON object.
 
+    Args:
+        path: The file, of at most ``LONGEST_JSON`` bytes.
+        form: What it must hold, a record of ``ultrazoo.train.formats``.
+        cure: What to do about a damaged file, for the error message.
+
     Raises:
-        CheckpointError: The file is missing, or is no such thing.
+        CheckpointError: The file is missing, too large, damaged or of another form.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}; use another checkpoint") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: got {type(data).__name__}, expected an object; use another checkpoint")
+        with path.open("rb") as file:
+            text = file.read(LONGEST_JSON + 1)
+        if len(text) > LONGEST_JSON:
+            raise CheckpointError(
+                f"{path}: got {path.stat().st_size:,} bytes, expected at most {LONGEST_JSON:,}; {cure}"
+            )
+        _adapter(form).validate_json(text, strict=True)
+        data: dict[str, Any] = json.loads(text)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}; {cure}") from error
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_input=False, include_context=False)
+        problems = [f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in found[:PROBLEMS_SHOWN]]
+        more = f"; {len(found) - PROBLEMS_SHOWN} more" if len(found) > PROBLEMS_SHOWN else ""
+        raise CheckpointError(f"{path}: damaged: {'; '.join(problems)}{more}; {cure}") from error
     return data
+
+
+@functools.cache
+def _adapter(form: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(form)

@@ -31,6 +31,7 @@ from ultrazoo.train.amp import Precision
 from ultrazoo.train.checkpoint import CONFIG, MODEL, model_tensors, on_host, read_tensors
 from ultrazoo.train.durable import publish, read_json, remove_leftovers, to_json, verify_folder
 from ultrazoo.train.examine import Examination, examine
+from ultrazoo.train.formats import StepRecord
 from ultrazoo.train.health import Fault
 from ultrazoo.train.receipt import kernels_used
 from ultrazoo.train.runtime import RandomState, environment
@@ -195,10 +196,12 @@ def read_flight(folder: Path) -> Flight:
             f"{folder}: holds no flight record; expected a folder such as runs/embbert/flight/step-000123"
         )
     verify_folder(folder, FILES)
-    record = read_json(folder / RECORD)
+    record = read_json(folder / RECORD, StepRecord)
     batches: list[dict[str, Tensor]] = [{} for _ in record["num_tokens"]]
     for name, tensor in read_tensors(folder / BATCH).items():
         index, _, key = name.partition(".")
+        if not index.isdecimal() or int(index) >= len(batches):
+            raise CheckpointError(f"{folder / BATCH}: damaged: got tensor {name!r}, expected 0.input_ids and the like")
         batches[int(index)][key] = tensor
     return Flight(record=record, batches=batches)
 

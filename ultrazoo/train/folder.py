@@ -11,7 +11,8 @@ from types import TracebackType
 from typing import IO, Any
 
 from ultrazoo.errors import CheckpointError, ConfigError
-from ultrazoo.train.durable import MANIFEST, place_aside, remove_leftovers, write_text
+from ultrazoo.train.durable import MANIFEST, place_aside, read_json, remove_leftovers, write_text
+from ultrazoo.train.formats import Starts
 
 ENVIRONMENT = "env.json"
 
@@ -116,17 +117,8 @@ class RunFolder:
         path = self.path / ENVIRONMENT
         if not path.is_file():
             return []
-        try:
-            starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
-            if all(type(start["step"]) is int for start in starts):
-                return list(starts)
-            problem = "a start without its step"
-        except (ValueError, TypeError, KeyError) as error:
-            problem = f"{type(error).__name__}: {error}"
-        raise CheckpointError(
-            f"{path}: damaged: got {problem}, expected the starts of the run, each with its step; the checkpoints are "
-            "whole without them, and a resume goes on"
-        )
+        cure = "the checkpoints are valid without it, and a resume continues"
+        return list(read_json(path, Starts, cure)["starts"])
 
 
 def _take(file: IO[str]) -> bool:

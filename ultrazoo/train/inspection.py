@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from ultrazoo.config.needs import missing
 from ultrazoo.errors import CheckpointError
 from ultrazoo.train.checkpoint import MODEL, OPTIMIZER, RECEIPT, read_config, read_state, verify_checkpoint
 from ultrazoo.train.durable import MANIFEST, read_json
 from ultrazoo.train.folder import RunFolder
+from ultrazoo.train.formats import Receipt
 from ultrazoo.train.store import CheckpointStore
 
 ASIDE = re.compile(r"step-\d+\.damaged(-\d+)?")
@@ -94,23 +96,30 @@ def inspect_path(path: Path) -> CheckpointReport | RunReport:
 def inspect_checkpoint(folder: Path) -> CheckpointReport:
     """Verify a checkpoint and read its receipt, state and headers."""
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
-    problem = None
-    try:
-        verify_checkpoint(folder)
-    except CheckpointError as error:
-        problem = str(error)
-    state = _if_readable(folder, read_state)
+    problems: list[str] = []
+
+    def read(what: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+        try:
+            return what() or {}
+        except CheckpointError as error:
+            problems.append(str(error))
+            return {}
+
+    read(lambda: verify_checkpoint(folder))
+    state = read(lambda: read_state(folder))
+    receipt = read(lambda: read_json(folder / RECEIPT, Receipt)) if RECEIPT in files else _receipt_of_state(state)
+    config = read(lambda: read_config(folder))
     return CheckpointReport(
         path=str(folder),
-        problem=problem,
+        problem=problems[0] if problems else None,
         bytes=sum(files.values()),
         files=files,
         step=state.get("step"),
         validation_loss=state.get("validation_loss"),
         weights=_numbers(folder / MODEL),
         optimizer_numbers=_numbers(folder / OPTIMIZER),
-        receipt=_if_readable(folder / RECEIPT, read_json) if RECEIPT in files else _receipt_of_state(state),
-        config=_if_readable(folder, read_config),
+        receipt=receipt,
+        config=config,
     )
 
 
@@ -125,7 +134,7 @@ def inspect_run(run_dir: Path) -> RunReport:
     aside = sorted(path for path in root.iterdir() if ASIDE.fullmatch(path.name)) if root.is_dir() else []
     return RunReport(
         path=str(run_dir),
-        starts=_if_readable(run_dir, lambda path: {"starts": RunFolder(path).listed()}).get("starts", []),
+        starts=_starts(run_dir),
         latest=pointers["latest"],
         best=pointers["best"],
         checkpoints=[inspect_checkpoint(path) for path in CheckpointStore(root, 0, 0).folders()],
@@ -134,11 +143,11 @@ def inspect_run(run_dir: Path) -> RunReport:
     )
 
 
-def _if_readable(path: Path, read: Any) -> dict[str, Any]:
+def _starts(run_dir: Path) -> list[dict[str, Any]]:
     try:
-        return read(path)
+        return RunFolder(run_dir).listed()
     except CheckpointError:
-        return {}
+        return []
 
 
 def _receipt_of_state(state: dict[str, Any]) -> dict[str, Any]:
@@ -150,9 +159,7 @@ def _receipt_of_state(state: dict[str, Any]) -> dict[str, Any]:
 def _numbers(path: Path) -> int | None:
     """Numbers in a safetensors file, by its header; None if there is none."""
     try:
-        with path.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(size, path.stat().st_size)))
-        return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    except (OSError, ValueError, struct.error, TypeError, KeyError, AttributeError):
+        with safe_open(path, framework="pt") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in list(file.keys()))
+    except (OSError, SafetensorError):
         return None

@@ -18,7 +18,7 @@ import torch
 
 import ultrazoo
 from ultrazoo.config import TrainingConfig
-from ultrazoo.errors import ConfigError
+from ultrazoo.errors import CheckpointError, ConfigError
 from ultrazoo.ops import set_kernel_policy
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -138,12 +138,19 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Restore what ``rng_state`` returned; a device that the state does not know keeps its seed."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    _set_torch({name: _decode(state[name]) for name in ("torch", "cuda", "mps") if name in state}, device)
+    """Restore what ``rng_state`` returned; a device that the state does not know keeps its seed.
+
+    Raises:
+        CheckpointError: A generator refuses its state.
+    """
+    try:
+        version, words, gauss = state["python"]
+        random.setstate((version, tuple(words), gauss))
+        name, keys, position, has_gauss, cached = state["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+        _set_torch({name: _decode(state[name]) for name in ("torch", "cuda", "mps") if name in state}, device)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"random numbers of the checkpoint: damaged: {error}; use another checkpoint") from error
 
 
 def _set_torch(states: dict[str, torch.Tensor], device: torch.device) -> None:

@@ -61,8 +61,10 @@ def choose(store: CheckpointStore, folder: RunFolder, steps: int | None) -> tupl
 def parts_of(folder: RunFolder, begun: int, end: int) -> list[Part]:
     """The parts of a stretch, one for each start of the run."""
     starts = _starts(folder, begun, end)
+    if not starts:
+        return [Part(end, {})]
     ends = [*(one["step"] for one in starts[1:]), end]
-    return [Part(stop, one.get("plan", {})) for one, stop in zip(starts, ends, strict=True)] or [Part(end, {})]
+    return [Part(stop, one.get("plan", {})) for one, stop in zip(starts, ends, strict=True)]
 
 
 def require_repeatable(folder: RunFolder, start: Path | None, originals: dict[int, Path], size: int) -> None:

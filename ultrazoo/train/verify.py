@@ -210,7 +210,7 @@ def _take(part: Part, trainer: Trainer, originals: Collection[int]) -> None:
 def _notes(state: dict[str, Any]) -> list[str]:
     """Why a difference would be no surprise."""
     pairs = (("ultrazoo", ultrazoo.__version__), ("torch", torch.__version__))
-    return [f"made with {name} {state[name]}, here {now}" for name, now in pairs if state[name] != now]
+    return [f"made with {name} {state.get(name)}, here {now}" for name, now in pairs if state.get(name) != now]
 
 
 def _compare_tensors(

@@ -157,7 +157,7 @@ def _row(line: str, where: str) -> QualityRow:
         settings = values["settings"]
         values["settings"] = Settings(**{**settings, "rates": tuple(settings["rates"])})
         return QualityRow(**{**values, "machine": Machine(**values["machine"])})
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{where}: got {line[:80]!r}, expected a row that `ultrazoo bench quality --output` wrote: {error!r}"
         ) from error
