@@ -1,4 +1,4 @@
-"""The conformance kit for mixers: ten laws that hold for every block that mixes tokens, ours or a plugin's.
+"""The conformance kit for mixers: laws that hold for every block that mixes tokens, ours or a plugin's.
 
 Each law takes a ``BlockSpec``, builds the block at a tiny size with scrambled weights (so that an initial zero hides
 nothing), measures, and returns a ``LawResult`` or raises ``LawViolation`` with the numbers::
@@ -9,7 +9,8 @@ nothing), measures, and returns a ``LawResult`` or raises ``LawViolation`` with 
     for result in run_laws(spec):  # all of them
         print(result)
 
-Structure is compared in fp64, so a limit is rounding error and not a tolerance. At padding stand large random numbers.
+Structure is compared in fp64, so a limit is rounding error and not a tolerance. At padding there are large random numbers.
+kernel_laws.py runs the same laws on compiled kernels in fp32.
 """
 
 from __future__ import annotations
