@@ -17,11 +17,12 @@ import ultrazoo
 from ultrazoo import registry as registry_module
 from ultrazoo.cli.plugins import last_check
 from ultrazoo.errors import ConfigError, UnknownNameError
-from ultrazoo.ops import kernel_status
+from ultrazoo.ops import kernel_policy, kernel_status
+from ultrazoo.ops.library import KernelStatus
 from ultrazoo.plugins import Plugin
 from ultrazoo.registry import Registry, registry
 from ultrazoo.spec import BlockSpec, PresetSpec
-from ultrazoo.testing import conformance_tests
+from ultrazoo.testing import conformance_parts, conformance_tests, kernel_laws, model_parity
 from ultrazoo.testing.conformance import ConformanceFailure, Result, plan
 from ultrazoo.testing.conformance_result import bounded
 from ultrazoo.testing.laws import LAWS
@@ -247,3 +248,24 @@ def test_pytest_is_left_alone_without_the_option(tmp_path: Path) -> None:
     clock = "time.process_time()"
     script = f"import time, pytest; t = {clock}; import ultrazoo.testing.pytest_plugin; print({clock} - t)"
     assert min(float(plugin_parts.run("-c", script).stdout) for _ in range(3)) < 0.15
+
+
+def test_a_kernel_that_is_not_there_is_a_failure_unless_references_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def without(op: str, device: str) -> KernelStatus:
+        return KernelStatus(
+            op=op, device=device, compiled=False, backward_compiled=False, detail="no C++ compiler", fix="install g++"
+        )
+
+    tasks = {task.check: task for task in plan("ultrazoo::rk4_stage", quick=True)}
+    for module in (conformance_parts, kernel_laws, model_parity):
+        monkeypatch.setattr(module, "kernel_status", without)
+    result = tasks["parity: float32"].run()
+    assert (result.state, result.what) == ("failed", "kernel exists: no C++ compiler; install g++")
+    checks = {task.check: task for task in plan("retnet", quick=True)}
+    assert "no C++ compiler; install g++" in checks["model: a step on kernels"].run().what
+    assert checks["compiled law: padding"].run().state == "not applicable"
+    with kernel_policy("reference"):
+        assert tasks["parity: float32"].run().state == "passed"
+        assert checks["model: a step on kernels"].run().state == "not applicable"

@@ -120,10 +120,10 @@ def _check_op(spec: OpSpec) -> None:
 
 
 def _check_backward(spec: OpSpec) -> None:
-    from ultrazoo.ops.library import find_op
+    from ultrazoo.ops.library import library_of
 
-    defined = find_op(spec.name)
-    if defined is not None and not defined.has_backward:
+    library = library_of(spec.name)
+    if library is not None and not library.ops[spec.name].has_backward:
         raise ValueError(
             f"op {spec.name!r}: got differentiable=True and no backward; pass backward= to define(), or "
             f"differentiable=False to OpSpec ({place_of(spec.op)})"

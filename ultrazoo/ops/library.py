@@ -48,7 +48,6 @@ __all__ = [
     "OpLibrary",
     "Policy",
     "define",
-    "find_op",
     "get_kernel_policy",
     "kernel_policy",
     "kernel_status",
@@ -278,11 +277,6 @@ def _with_backward_op(
 def libraries() -> dict[str, OpLibrary]:
     """Return every library made in this process, by namespace: ultrazoo's and those of the plugins that are loaded."""
     return dict(_libraries)
-
-
-def find_op(name: str) -> Op | None:
-    """Return an op by its full name; None if no library defined it."""
-    return _ops.get(name)
 
 
 def library_of(op: str) -> OpLibrary | None:

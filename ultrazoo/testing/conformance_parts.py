@@ -11,12 +11,14 @@ import torch
 from ultrazoo.config import load_config
 from ultrazoo.hookspecs import PLUGIN_API
 from ultrazoo.model import build_model
+from ultrazoo.ops.library import get_kernel_policy, kernel_status
 from ultrazoo.plugins import Plugin
 from ultrazoo.registry import registry
 from ultrazoo.spec import OpSpec, PresetSpec
 from ultrazoo.testing.conformance_result import Finding, absent, bounded, figure, finding_of
 from ultrazoo.testing.kernel_laws import kernels_of
 from ultrazoo.testing.measure import Check
+from ultrazoo.testing.model_parity import with_kernels
 from ultrazoo.testing.op_laws import OP_LAWS, hold_kernel, hold_reference
 from ultrazoo.testing.parity import Backend, Cases, backends_of, check_op, isas_of
 from ultrazoo.testing.sample_rules import missing
@@ -78,6 +80,10 @@ def _compiled_law(name: str, spec: OpSpec) -> Finding:
 
 def parity(spec: OpSpec, dtype: str, *, quick: bool) -> Finding:
     """Every backend of an op is within the error of its reference in float64, and keeps the rules of memory."""
+    if get_kernel_policy() != "reference" and with_kernels([spec.name], CPU):
+        status = kernel_status(spec.name, "cpu")
+        if not status.compiled:
+            return Finding(state="failed", what=f"kernel exists: {status.detail}; {status.fix}")
     kind: torch.dtype = getattr(torch, dtype)
     cases, found = Cases(spec, CPU, kind), list[Check]()
     for backend in backends_of(spec, CPU):

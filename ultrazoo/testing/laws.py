@@ -9,8 +9,8 @@ nothing), measures, and returns a ``LawResult`` or raises ``LawViolation`` with 
     for result in run_laws(spec):  # all of them
         print(result)
 
-Structure is compared in fp64, so a limit is rounding error and not a tolerance. At padding there are large random numbers.
-kernel_laws.py runs the same laws on compiled kernels in fp32.
+Structure is compared in fp64, so a limit is rounding error and not a tolerance. At padding there are large random
+numbers. kernel_laws.py runs the same laws on compiled kernels in fp32.
 """
 
 from __future__ import annotations
