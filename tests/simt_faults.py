@@ -203,6 +203,12 @@ FAULTS = [
         "if (!fault) __syncthreads();\n      slab_q.put(left);\n      slab_k",
     ),
     _fault(
+        "retention/gaps.cuh",
+        "padding takes time",
+        "if (ids[m] == 0) continue;",
+        "if (ids[m] == 0) { distance += fault; continue; }",
+    ),
+    _fault(
         "retention/cuda.cu",
         "too little shared memory",
         "shared.add<float>(kTile * kLong<1>)",
@@ -221,6 +227,12 @@ FAULTS = [
         "joins half of the slices",
         "slices < S::kSlices; slices",
         "slices < S::kSlices / (fault ? 2 : 1); slices",
+    ),
+    _fault(
+        "selective_scan/chunk.cuh",
+        "padding inside a document ends it",
+        "segments[other] == 0) other += direction;",
+        "segments[other] == 0 && !fault) other += direction;",
     ),
     _fault(
         "selective_scan/forward.cuh",

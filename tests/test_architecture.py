@@ -17,7 +17,14 @@ MODULES = {
 }
 LAYERS = [
     ["ultrazoo.errors"],
-    ["ultrazoo.spec", "ultrazoo.presets", "ultrazoo.verdicts", "ultrazoo.options", "ultrazoo.callables"],
+    [
+        "ultrazoo.spec",
+        "ultrazoo.presets",
+        "ultrazoo.verdicts",
+        "ultrazoo.options",
+        "ultrazoo.revisions",
+        "ultrazoo.callables",
+    ],
     ["ultrazoo.ops"],
     ["ultrazoo.hookspecs", "ultrazoo.offers", "ultrazoo.plugins", "ultrazoo.registry", "ultrazoo"],
     ["ultrazoo.nn"],

@@ -110,3 +110,21 @@ def test_retention_keeps_states_beyond_65504() -> None:
         found = kernels.specs[0].op(*half, log_decay)
     truth = kernels.specs[0].reference(*(x.double() for x in half), log_decay)
     torch.testing.assert_close(found.double(), truth, rtol=2e-3, atol=1e-3 * truth.abs().max().item())
+
+
+@pytest.mark.parametrize("folder", ["retention", "selective_scan"])
+@pytest.mark.parametrize("row", [[1, 2, 1, 2], [3, 0, 1, 3], [1, -1, 1, 1]])
+def test_a_document_that_returns_fails_an_assertion_on_the_device(folder: str, row: list[int]) -> None:
+    kernels = emulated(folder, "")
+    kernels.configure("ascending")
+    x = torch.ones(2, 4, 1, 8)
+    segments = torch.tensor([[1, 1, 0, 1], row])
+    given = (
+        (x, x, x, torch.tensor([-0.1])) if folder == "retention" else (x[:, :, 0], x[:, :, 0], -x[0, 0].expand(8, 8))
+    )
+    more = () if folder == "retention" else (x[:, :, 0], x[:, :, 0])
+    op = kernels.specs[0].op
+    with kernel_policy("compiled"):
+        op(*given, *more, segments=segments[:1].expand(2, -1))
+        with pytest.raises(RuntimeError, match=r"check_documents_kernel: block \(1,0,0\).*one run of tokens"):
+            op(*given, *more, segments=segments)

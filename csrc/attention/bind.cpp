@@ -3,6 +3,7 @@
 
 #include "attention/kernels.h"
 #include "common/bind.h"
+#include "common/documents.h"
 
 namespace uz {
 namespace {
@@ -60,7 +61,10 @@ struct Inputs {
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                    const std::optional<Tensor>& segments, const Tensor& seed, int64_t keep,
                                    double scale, int64_t prefix, bool sigmoid) {
-  Inputs in(q, k, v, segments, seed, keep, scale, prefix, sigmoid, "ultrazoo::attention");
+  const char* where = "ultrazoo::attention";
+  const Documents documents(segments, where);
+  Inputs in(documents.close(q), documents.close(k, prefix), documents.close(v, prefix), documents.segments(), seed,
+            keep, scale, prefix, sigmoid, where);
   const int64_t batch = q.size(0), length = in.args.length, heads = in.args.heads;
   Tensor o = new_empty(q, {batch, length, heads, v.size(3)}, q.scalar_type());
   Tensor lse = new_empty(q, {sigmoid ? 0 : batch, heads, length}, ScalarType::Float);
@@ -71,7 +75,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   parallel_with_scratch(
       q, in.items(), kernels.scratch_floats(in.args),
       [&](float* scratch, int64_t begin, int64_t end) { kernels.forward(in.args, scratch, begin, end); });
-  return {o, lse};
+  return {documents.open(o), lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -79,13 +83,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
                                             const Tensor& seed, int64_t keep, double scale, int64_t prefix,
                                             bool sigmoid) {
   const char* where = "ultrazoo::attention_backward";
-  Inputs in(q, k, v, segments, seed, keep, scale, prefix, sigmoid, where);
+  const Documents documents(segments, where);
+  Inputs in(documents.close(q), documents.close(k, prefix), documents.close(v, prefix), documents.segments(), seed,
+            keep, scale, prefix, sigmoid, where);
   check_same_shape(grad, o, where);
   STD_TORCH_CHECK(grad.scalar_type() == q.scalar_type() && o.scalar_type() == q.scalar_type(), where,
                   ": grad and q have different dtypes");
   STD_TORCH_CHECK(o.size(0) == q.size(0) && o.size(1) == q.size(1) && o.size(2) == q.size(2) && o.size(3) == v.size(3),
                   where, ": the shape of o does not fit");
-  const Tensor rows = rowwise(grad), output = torch::stable::contiguous(o), sums = torch::stable::contiguous(lse);
+  const Tensor rows = rowwise(documents.close(grad)), output = torch::stable::contiguous(documents.close(o)),
+               sums = torch::stable::contiguous(lse);
   Tensor dq = empty_contiguous(q, q.scalar_type()), dk = empty_contiguous(k, q.scalar_type()),
          dv = empty_contiguous(v, q.scalar_type());
   if (in.items() == 0) return {dq, dk, dv};
@@ -102,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
   parallel_with_scratch(
       q, in.items(), kernels.backward_scratch_floats(args),
       [&](float* scratch, int64_t begin, int64_t end) { kernels.backward(args, scratch, begin, end); });
-  return {dq, dk, dv};
+  return {documents.open(dq), documents.open(dk, prefix), documents.open(dv, prefix)};
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ struct Attention {
   HeadRows q, k, v;         // (batch, length, heads, key), (batch, prefix + length, heads, key), and so on, value
   void* o;                  // (batch, length, heads, value), contiguous
   float* lse;               // (batch, heads, length), log2 sum_m exp(scale q_n . k_m); softmax only
-  const int64_t* segments;  // (batch, length), 0 at padding; or null: each row is one document
+  const int64_t* segments;  // (batch, length), 0 at padding, of which documents have none; or null: a row is a document
   int64_t length, heads, prefix;
   uint64_t seed;
   int64_t keep;  // of 65536; 65536: no dropout

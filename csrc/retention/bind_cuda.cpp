@@ -9,6 +9,12 @@ Tensor work_for(const Retention& args, const Tensor& q) {
   return torch::stable::new_empty(q, torch::headeronly::IntHeaderOnlyArrayRef(&floats, 1), ScalarType::Float);
 }
 
+Optional gaps_for(const Retention& args, const Tensor& q) {
+  return args.segments == nullptr ? Optional() : Optional(empty(q, {q.size(0)}, ScalarType::Int));
+}
+
+int* pointer(const Optional& gaps) { return gaps ? gaps->mutable_data_ptr<int>() : nullptr; }
+
 Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay,
                const std::optional<Tensor>& segments, bool causal, std::optional<int64_t> chunk) {
   const char* where = "ultrazoo::retention";
@@ -17,8 +23,9 @@ Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
   if (in.items() == 0) return o;
   in.args.o = o.mutable_data_ptr();
   const Tensor work = work_for(in.args, q);
+  const Optional gaps = gaps_for(in.args, q);
   on_device_of(q, where, [&](Stream stream) {
-    return retention_forward(in.args, q.size(0), work.mutable_data_ptr<float>(), stream);
+    return retention_forward(in.args, q.size(0), work.mutable_data_ptr<float>(), pointer(gaps), stream);
   });
   return o;
 }
@@ -30,8 +37,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
   const RetentionGradientCall call(grad, q, k, v, log_decay, segments, causal, chunk, where);
   if (call.in.items() == 0) return call.results();
   const Tensor work = work_for(call.in.args, q);
+  const Optional gaps = gaps_for(call.in.args, q);
   on_device_of(q, where, [&](Stream stream) {
-    return retention_backward(call.args, q.size(0), work.mutable_data_ptr<float>(), stream);
+    return retention_backward(call.args, q.size(0), work.mutable_data_ptr<float>(), pointer(gaps), stream);
   });
   return call.results();
 }

@@ -21,6 +21,8 @@
 // dk = retention(v, grad, q) and dv = retention(k, q, grad); the last two read the same states, one of them turned.
 // That is 6 C (K + V) + 20 K V flops, 1.08 times those of one fused kernel at these sizes, which would compute each of
 // the two kinds of scores once, not three times in all.
+#include "common/documents.cuh"
+#include "retention/gaps.cuh"
 #include "retention/kernels.h"
 #include "retention/output.cuh"
 #include "retention/states.cuh"
@@ -81,6 +83,7 @@ struct Call {
   const Retention& a;
   int64_t batch;
   float* work;
+  int* gaps;  // of each row, or null
   Stream stream;
   bool before, after;
 
@@ -126,8 +129,11 @@ struct Call {
     s.states_after = work + (before ? batch * a.heads * (s.layout.count - 1) * rows * stride : 0);
     s.state_floats = rows * stride, s.stride = static_cast<int>(stride);
     s.vector_state = (turned ? key : value) % 4 == 0;
-    if (turned) return output<1, true>(s);
-    return value > kTile && !by_tensor_cores<T>() ? output<2, false>(s) : output<1, false>(s);
+    const Error error = turned                                   ? output<1, true>(s)
+                        : value > kTile && !by_tensor_cores<T>() ? output<2, false>(s)
+                                                                 : output<1, false>(s);
+    if (error != nullptr || gaps == nullptr) return error;
+    return launch(retention_gaps<T>, dim3(static_cast<unsigned>(batch * a.heads)), dim3(kThreads), 0, stream, s, gaps);
   }
 
  private:
@@ -167,21 +173,23 @@ int64_t retention_work_floats(const Retention& a, int64_t batch) {
   return one > other ? one : other;
 }
 
-Error retention_forward(const Retention& a, int64_t batch, float* work, Stream stream) {
+Error retention_forward(const Retention& a, int64_t batch, float* work, int* gaps, Stream stream) {
+  if (const Error error = check_documents(a.segments, batch, a.length, gaps, stream)) return error;
   return by_dtype(a.dtype, [&](auto type) -> Error {
-    const Call<decltype(type)> call = {a, batch, work, stream, true, !a.causal};
+    const Call<decltype(type)> call = {a, batch, work, gaps, stream, true, !a.causal};
     if (const Error error = call.states(a.k, a.key, a.v, a.value)) return error;
     return call.output(a.q, a.k, a.key, a.v, a.o, a.value, false);
   });
 }
 
-Error retention_backward(const RetentionBackward& b, int64_t batch, float* work, Stream stream) {
+Error retention_backward(const RetentionBackward& b, int64_t batch, float* work, int* gaps, Stream stream) {
   const Retention& a = b.forward;
+  if (const Error error = check_documents(a.segments, batch, a.length, gaps, stream)) return error;
   return by_dtype(a.dtype, [&](auto type) -> Error {
-    const Call<decltype(type)> same = {a, batch, work, stream, true, !a.causal};
+    const Call<decltype(type)> same = {a, batch, work, gaps, stream, true, !a.causal};
     if (const Error error = same.states(a.v, a.value, a.k, a.key)) return error;
     if (const Error error = same.output(b.grad, a.v, a.value, a.k, b.dq, a.key, false)) return error;
-    const Call<decltype(type)> exchanged = {a, batch, work, stream, !a.causal, true};
+    const Call<decltype(type)> exchanged = {a, batch, work, gaps, stream, !a.causal, true};
     if (const Error error = exchanged.states(a.q, a.key, b.grad, a.value)) return error;
     if (const Error error = exchanged.output(a.k, a.q, a.key, b.grad, b.dv, a.value, false)) return error;
     return exchanged.output(a.v, b.grad, a.value, a.q, b.dk, a.key, true);

@@ -43,8 +43,9 @@ namespace cuda {
 // Floats of device memory that the kernels need beside the tensors, for the forward as for the backward.
 int64_t retention_work_floats(const Retention& args, int64_t batch);
 
-Error retention_forward(const Retention& args, int64_t batch, float* work, Stream stream);
-Error retention_backward(const RetentionBackward& args, int64_t batch, float* work, Stream stream);
+// `gaps` is memory for a number of each row, or null without segments.
+Error retention_forward(const Retention& args, int64_t batch, float* work, int* gaps, Stream stream);
+Error retention_backward(const RetentionBackward& args, int64_t batch, float* work, int* gaps, Stream stream);
 
 }  // namespace cuda
 

@@ -1,3 +1,4 @@
+#include "common/documents.h"
 #include "selective_scan/inputs.h"
 
 namespace uz {
@@ -8,7 +9,9 @@ int64_t items_of(const SelectiveScan& a) { return a.batch * selective_scan_kerne
 std::tuple<Tensor, Tensor> forward(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
                                    const Tensor& C, const Optional& D, const Optional& z, const Optional& bias,
                                    bool softplus, const Optional& segments, bool reverse) {
-  ScanInputs in(u, delta, A, B, C, D, z, bias, softplus, segments, reverse, "ultrazoo::selective_scan");
+  const char* where = "ultrazoo::selective_scan";
+  check_documents(segments, where);
+  ScanInputs in(u, delta, A, B, C, D, z, bias, softplus, segments, reverse, where);
   const ScanOutputs out = scan_outputs(in);
   if (out.y.numel() == 0) return {out.y, out.states};
   const SelectiveScanKernels& kernels = selective_scan_kernels();
@@ -24,6 +27,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
     const Optional& segments, bool reverse) {
   const char* where = "ultrazoo::selective_scan_backward";
   const SelectiveScanKernels& kernels = selective_scan_kernels();
+  check_documents(segments, where);
   ScanInputs in(u, delta, A, B, C, D, z, bias, softplus, segments, reverse, where);
   ScanGradients out(in, grad, states, kernels.groups(in.args.dim), where);
   parallel_with_scratch(

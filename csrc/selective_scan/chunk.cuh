@@ -64,10 +64,16 @@ __device__ __forceinline__ Chunk enter(const SelectiveScan& a, int64_t row, int 
   bool real = inside, starts = false, ends = false;
   if (inside && a.segments != nullptr) {
     const int64_t* segments = a.segments + row * a.length;
-    const int64_t id = segments[position], before = position - c.sign, after = position + c.sign;
+    const int64_t id = segments[position];
+    // Whether the next token in a direction, padding not counted, is of another document.
+    const auto border = [&](int direction) {
+      int64_t other = position + direction;
+      while (other >= 0 && other < a.length && segments[other] == 0) other += direction;
+      return other >= 0 && other < a.length && segments[other] != id;
+    };
     real = id != 0;
-    starts = before >= 0 && before < a.length && segments[before] != id;
-    ends = after >= 0 && after < a.length && segments[after] != id;
+    starts = real && border(-c.sign);
+    ends = real && border(c.sign);
   }
   c.inside = __ballot_sync(kAllLanes, inside);
   c.real = __ballot_sync(kAllLanes, real);

@@ -101,9 +101,9 @@ class ScanChunk {
         continue;
       }
       position_[steps_] = position;
-      const int64_t before = a_.reverse ? position + 1 : position - 1, after = 2 * position - before;
-      starts_[steps_] = border(position, before);
-      ends_[steps_] = border(position, after);
+      const int64_t ahead = a_.reverse ? -1 : 1;
+      starts_[steps_] = border(position, -ahead);
+      ends_[steps_] = border(position, ahead);
       widen(static_cast<const T*>(a_.B) + token(steps_) * a_.state, B + steps_ * states);
       widen(static_cast<const T*>(a_.C) + token(steps_) * a_.state, C + steps_ * states);
       ++steps_;
@@ -164,8 +164,12 @@ class ScanChunk {
 
  private:
   int64_t segment(int64_t position) const { return a_.segments[row_ * a_.length + position]; }
-  bool border(int64_t position, int64_t other) const {
-    return a_.segments != nullptr && other >= 0 && other < a_.length && segment(position) != segment(other);
+  // Whether the next token in a direction, padding not counted, is of another document.
+  bool border(int64_t position, int64_t direction) const {
+    if (a_.segments == nullptr) return false;
+    int64_t other = position + direction;
+    while (other >= 0 && other < a_.length && segment(other) == 0) other += direction;
+    return other >= 0 && other < a_.length && segment(position) != segment(other);
   }
 
   // What the next chunk reads and writes at this step, and one row of its kept state. Inlined, for g++ drops calls of

@@ -19,6 +19,7 @@
 // as (state, step): a thread reads four steps at once, no two lanes meet in a bank, and dB and dC take their places, to
 // leave in rows. A block of the backward goes through as many sets of 8 channels as leave about kWantedBlocks blocks,
 // and adds up their parts of dB and dC where they lie, in the L2 cache.
+#include "common/documents.cuh"
 #include "selective_scan/backward.cuh"
 #include "selective_scan/forward.cuh"
 
@@ -54,6 +55,7 @@ Error selective_scan_forward(const SelectiveScan& a, Stream stream) {
   size.add<float>(warps * kTile);
   size.add<Span>(2 * warps * kChannels);
   size.add<Chunk>(warps);
+  if (const Error error = check_documents(a.segments, a.batch, a.length, nullptr, stream)) return error;
   return by_dtype(a.dtype, [&](auto zero) {
     return launch(scan_forward<decltype(zero)>, dim3(static_cast<unsigned>(blocks)), dim3(warps * kWarp), size.bytes,
                   stream, a);
@@ -78,6 +80,7 @@ Error selective_scan_backward(const SelectiveScanBackward& b, float* carry, Stre
   size.add<float>(kStates * warps * kChannels);
   size.add<float>(2 * warps * kChannels);
   size.add<Chunk>(warps);
+  if (const Error error = check_documents(a.segments, a.batch, a.length, nullptr, stream)) return error;
   return by_dtype(a.dtype, [&](auto zero) {
     return launch(scan_backward<decltype(zero)>, dim3(static_cast<unsigned>(blocks)), dim3(warps * kWarp), size.bytes,
                   stream, b, carry, static_cast<int>(groups), static_cast<int>(sets_of(a)));

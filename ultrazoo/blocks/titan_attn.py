@@ -10,7 +10,7 @@ from ultrazoo.nn.attention import AttentionConfig, AttentionProjections, attenti
 from ultrazoo.nn.hope import frequencies, hope_attention
 from ultrazoo.nn.neural_memory import NeuralMemory
 from ultrazoo.nn.norms import NormConfig, RMSNorm
-from ultrazoo.nn.segments import mask_padding
+from ultrazoo.nn.segments import Gaps, mask_padding
 from ultrazoo.ops import attention
 from ultrazoo.spec import BlockSpec
 
@@ -124,12 +124,13 @@ class TitanAttention(nn.Module):
         theta = frequencies(
             q.shape[-1], self.hope_base, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device
         )
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        gaps = Gaps.of(segments)  # positions are places in the row here
+        q, k, v = (gaps.close(part).transpose(1, 2) for part in (q, k, v))
         if prefix is not None:
             prefix = (prefix[0].transpose(1, 2), prefix[1].transpose(1, 2))
-        mask = attention_mask(segments)
+        mask = attention_mask(gaps.segments)
         o = hope_attention(q, k, v, theta, self.hope_damping, mask=mask, prefix=prefix, dropout=dropout)
-        return o.transpose(1, 2)
+        return gaps.open(o.transpose(1, 2))
 
     def _prefix(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (1, P, H, K) of the persistent tokens (P, D), unrotated."""

@@ -36,6 +36,7 @@ class TrainingConfig(Options):
     max_length: int = Field(128, ge=8, description="Tokens per row.")
     max_samples: int | None = Field(None, ge=1, le=2**63 - 1, description="Most Parquet rows to use.")
     mlm_probability: float = Field(0.15, gt=0, lt=1, description="Share of tokens to predict.")
+    eval_mlm_probability: float = Field(0.15, gt=0, lt=1, description="Share of tokens that validation predicts.")
     whole_word_masking: bool = Field(False, description="Mask whole words.")
     pack_sequences: bool = Field(True, description="Several documents per row, kept apart by segments.")
     shuffle: bool = Field(True, description="Shuffle by seed; false keeps the files' order.")
@@ -52,6 +53,11 @@ class TrainingConfig(Options):
     # steps
     batch_size: int = Field(32, ge=1, description="Rows per micro-batch, of all processes together.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per optimiser step.")
+    exact_balance_loss: bool = Field(
+        False,
+        description="With accumulation: the balance loss of experts over the whole step, not per micro-batch; costs a "
+        "forward pass.",
+    )
     num_epochs: float = Field(1.0, gt=0, le=1e9, description="Passes over the data, when neither limit below is set.")
     max_steps: int | None = Field(None, ge=1, description="Optimiser steps.")
     max_minutes: float | None = Field(None, gt=0, description="Minutes of training; the schedule follows the clock.")
@@ -152,6 +158,8 @@ class TrainingConfig(Options):
         ]
         if "decay_ratio" in fields and self.lr_schedule != "wsd":
             lines.append("training.decay_ratio: has no effect unless lr_schedule is wsd")
+        if "exact_balance_loss" in fields and self.gradient_accumulation_steps == 1:
+            lines.append("training.exact_balance_loss: has no effect while gradient_accumulation_steps is 1")
         if "nan_limit" in fields and self.on_nan == "stop":
             lines.append("training.nan_limit: has no effect while on_nan is stop")
         if "num_epochs" in fields and (self.max_steps or self.max_minutes):

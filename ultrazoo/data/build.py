@@ -14,13 +14,18 @@ from ultrazoo.data.split import Split
 from ultrazoo.data.stores import Store, TextStore, TokenStore
 from ultrazoo.data.tokenizer import Vocabulary, find_vocabulary
 from ultrazoo.errors import DataError
+from ultrazoo.revisions import Revisions
 
 if TYPE_CHECKING:
     from ultrazoo.config import TrainingConfig
 
 
 def build_data(
-    training: TrainingConfig, model_vocab_size: int, console: Callable[[str], None], job: str = ""
+    training: TrainingConfig,
+    model_vocab_size: int,
+    console: Callable[[str], None],
+    job: str = "",
+    revisions: Revisions | None = None,
 ) -> DataModule:
     """Find the data, its tokenizer and its tokens, or make the latter two.
 
@@ -30,6 +35,7 @@ def build_data(
         console: Takes lines about what is done, how far it is and what was skipped.
         job: A name that all processes of a run share: a cache that ``prefer_local_cache: false`` makes anew is made by
             the first of them on each file system, and used by the others.
+        revisions: Rules of the run; None: those of a new one.
 
     Raises:
         DataError: Data that is missing, damaged or without a usable row, or a cache that cannot be written.
@@ -48,7 +54,7 @@ def build_data(
         console=console,
     )
     store = _store(training, source, vocabulary, cache_dir, console, job)
-    data = DataModule(source, vocabulary, store, training, console)
+    data = DataModule(source, vocabulary, store, training, console, revisions)
     stats = data.stats
     seen = f", {stats['tokens']:,} tokens" if isinstance(store, TokenStore) else ", tokenised while training"
     console(f"data: {stats['rows']:,} rows in {stats['files']} file(s){seen}")

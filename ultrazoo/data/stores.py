@@ -14,12 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ultrazoo.data.encoding import Encoder
-from ultrazoo.data.packing import Documents
+from ultrazoo.data.packing import Documents, ragged
 from ultrazoo.data.reading import RowReader
 from ultrazoo.data.sources import ParquetSource, Span
 from ultrazoo.data.split import Split
 from ultrazoo.data.tokenizer import Vocabulary
 from ultrazoo.errors import DataError
+
+COUNTED_ROWS = 1 << 16
+"""Rows whose held-out tokens are counted at once."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,23 @@ class TokenStore:
         """(vocabulary,) occurrences of each id in the whole cache."""
         return np.fromfile(self.folder / "counts", np.int64)
 
+    def held_out_counts(self) -> NDArray[np.int64]:
+        """Return (vocabulary,) occurrences of each id in the held-out rows; the other rows are not read.
+
+        Raises:
+            DataError: An id that the tokenizer does not have: the cache is damaged.
+        """
+        counts = np.zeros(self.vocabulary.size, np.int64)
+        for unit, rows in enumerate(self.source.unit_rows.tolist()):
+            for start in range(0, rows, COUNTED_ROWS):
+                span = Span(unit, start, min(start + COUNTED_ROWS, rows))
+                tokens, edges = self._tokens_of(span)
+                keep = self.split.held_out(span)
+                ids = tokens[ragged(edges[:-1][keep], np.diff(edges)[keep])]
+                self._require_known(ids)
+                counts += np.bincount(ids, minlength=len(counts))
+        return counts
+
     def read(self, spans: Iterable[Span], *, held_out: bool) -> Reading:
         """Return the documents of the spans' rows that are, or are not, held out for validation.
 
@@ -107,9 +127,7 @@ class TokenStore:
         lengths: list[NDArray[np.int64]] = []
         size = 0
         for span in spans:
-            tokens, offsets = self._maps[self._shard_of[span.unit]]
-            first = self._first_rows[span.unit]
-            edges = offsets[first + span.start : first + span.stop + 1]
+            tokens, edges = self._tokens_of(span)
             part = tokens[int(edges[0]) : int(edges[-1])]
             keep = self.split.held_out(span) == held_out
             starts.append((edges[:-1] - edges[0] + size)[keep])
@@ -117,12 +135,21 @@ class TokenStore:
             parts.append(part)
             size += len(part)
         ids = _join(parts)
+        self._require_known(ids)
+        return Reading(Documents(ids, _join(starts), _join(lengths)), Counter(), 0)
+
+    def _tokens_of(self, span: Span) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """The tokens of the shard that holds a span, and the edges of the span's rows in it."""
+        tokens, offsets = self._maps[self._shard_of[span.unit]]
+        first = self._first_rows[span.unit]
+        return tokens, offsets[first + span.start : first + span.stop + 1]
+
+    def _require_known(self, ids: NDArray[Any]) -> None:
         if len(ids) and int(ids.max()) >= self.vocabulary.size:
             raise DataError(
                 f"{self.folder}: holds id {int(ids.max())}, expected ids below {self.vocabulary.size}: the cache is "
                 "damaged; delete the folder, or run once with training.prefer_local_cache=false"
             )
-        return Reading(Documents(ids, _join(starts), _join(lengths)), Counter(), 0)
 
     def _open(self) -> list[tuple[NDArray[Any], NDArray[np.int64]]]:
         return [

@@ -12,7 +12,7 @@ from ultrazoo.nn.bitlinear import make_linear
 from ultrazoo.nn.block_config import BlockConfig
 from ultrazoo.nn.rotary import rotate
 from ultrazoo.nn.saturate import saturate
-from ultrazoo.nn.segments import positions
+from ultrazoo.nn.segments import checked, positions
 
 
 class AttentionConfig(BlockConfig):
@@ -104,4 +104,5 @@ def attention_mask(segments: Tensor | None) -> Tensor | None:
     """
     if segments is None:
         return None
+    segments = checked(segments)
     return segments[:, None, :, None].eq(segments[:, None, None, :])

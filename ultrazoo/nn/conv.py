@@ -1,4 +1,4 @@
-"""Convolution along the row that never reads across a document's border, nor from padding."""
+"""Convolution along the row that never reads across a document's border, nor from padding, which it passes over."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ultrazoo.nn.segments import mask_padding
+from ultrazoo.nn.segments import Gaps, mask_padding
 
 Side = Literal["left", "right", "both"]
 
@@ -64,7 +64,7 @@ class SegmentConv1d(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
-        """Convolve each document by itself.
+        """Convolve each document separately; padding inside a document is passed over.
 
         Args:
             x: (B, L, channels_in), finite at padding.
@@ -73,6 +73,8 @@ class SegmentConv1d(nn.Module):
         Returns:
             (B, L, channels_out), zero at padding.
         """
+        gaps = Gaps.of(segments)
+        x, segments = gaps.close(x), gaps.segments
         channels_out, per_group, _ = self.weight.shape
         if per_group == 1 and channels_out == self.groups:
             y: Tensor = _Depthwise.apply(x, self.weight.squeeze(1), self.bias, segments, self.reach)
@@ -80,7 +82,7 @@ class SegmentConv1d(nn.Module):
             y = self._dense_full(x)
         else:
             y = self._dense_taps(x, segments)
-        return mask_padding(y, segments)
+        return gaps.open(mask_padding(y, segments))
 
     def _dense_full(self, x: Tensor) -> Tensor:
         before, after = self.reach, self.weight.shape[2] - 1 - self.reach

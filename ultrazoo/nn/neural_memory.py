@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from ultrazoo.nn.bitlinear import make_linear
 from ultrazoo.nn.conv import SegmentConv1d
 from ultrazoo.nn.saturate import saturate
-from ultrazoo.nn.segments import positions
+from ultrazoo.nn.segments import Gaps, positions
 
 
 class _Window(NamedTuple):
@@ -72,7 +72,13 @@ def memory_scan(
     Returns:
         (B, L, H, V); what stands at padding has no meaning.
     """
+    gaps = Gaps.of(segments)  # chunks and windows are places in the row
+    q, k, v = gaps.close(q), gaps.close(k), gaps.close(v)
+    log_keep, log_eta, theta = gaps.close(log_keep), gaps.close(log_eta), gaps.close(theta)
+    segments = gaps.segments
     batch, length = q.shape[:2]
+    if length == 0:
+        return v
     chunk = min(chunk_size, length)
     extra = -length % chunk
     if extra:
@@ -102,7 +108,7 @@ def memory_scan(
     if segments is not None:
         y = y + (q * (beta * (1 - continues)).unsqueeze(-1)) @ initial.unsqueeze(2)
     y = y - 2 * ((q @ k.transpose(-1, -2)) * writes) @ errors
-    return y.movedim(1, 3).flatten(1, 2)[:, :length]
+    return gaps.open(y.movedim(1, 3).flatten(1, 2)[:, :length])
 
 
 def _segment_products(log_factor: Tensor, same: Tensor) -> Tensor:

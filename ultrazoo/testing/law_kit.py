@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -255,6 +256,26 @@ def difference(what: str, got: Tensor, expected: Tensor, limit: float = ROUNDING
 def finite(what: str, x: Tensor) -> Check:
     """Measure the share of infinities and NaNs; none is allowed."""
     return Check(f"{what}: share of numbers that are not finite", 1 - x.isfinite().double().mean().item(), 0)
+
+
+RETURNING: tuple[tuple[int, ...], ...] = ((1, 2, 1, 2), (4, 4, 0, 2, 4), (3, 1, 0, 2, 0, 0, 1))
+"""Rows in which a document returns after another one."""
+
+
+def accepted(run: Callable[[Tensor], object]) -> list[tuple[int, ...]]:
+    """Return the rows of ``RETURNING`` for which ``run(segments)`` raises no ValueError or RuntimeError."""
+    found = []
+    for row in RETURNING:
+        with contextlib.suppress(ValueError, RuntimeError):
+            run(torch.tensor([row]))
+            found.append(row)
+    return found
+
+
+def with_gaps(segments: Tensor) -> Tensor:
+    """Put padding inside the documents of segments (B, L): every fifth token, and six in a row."""
+    index = torch.arange(segments.shape[1], device=segments.device)
+    return segments.masked_fill(index.remainder(5).eq(3) | (index.ge(28) & index.lt(34)), 0)
 
 
 def packed_rows() -> tuple[Tensor, list[tuple[int, int, int]]]:

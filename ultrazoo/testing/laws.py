@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,35 +24,38 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ultrazoo.spec import BlockKind, BlockSpec
+from ultrazoo.testing.half import BF16_SCALES, FP16_SCALES, half_precision
 from ultrazoo.testing.law_kit import (
     LAWS,
+    RETURNING,
     ROUNDING,
     Check,
     LawResult,
     LawViolation,
     Subject,
+    accepted,
     difference,
-    finite,
     law,
     packed_rows,
+    with_gaps,
 )
 from ultrazoo.testing.slopes import slope
 
-BF16_SCALES = (1.0, 30.0, 1000.0)
-FP16_SCALES = (1.0, 30.0)
-"""A norm of D channels gives at most D^0.5 in one of them: 28 at D = 768. fp16 ends at 65,504, bf16 where fp32 does."""
-SATURATE = "; fp16 ends at 65,504: bring products back below with ultrazoo.nn.saturate"
 __all__ = ["LAWS", "LawResult", "LawViolation", "laws_of", "run_laws"]
+
+MIXERS_ALONE = ("direction", "returning documents")
+"""Laws that a block of another kind has no part in."""
 
 
 def laws_of(kind: BlockKind) -> tuple[str, ...]:
     """Return the names of the laws that apply to a kind of block.
 
-    Only a mixer has a direction. An embedding is held to them in a model: it takes no vectors.
+    Only a mixer has a direction, and reads which document a token is of. An embedding is checked in a model: it takes
+    no vectors.
     """
     if kind == "embedding":
         return ()
-    return tuple(name for name in LAWS if kind == "mixer" or name != "direction")
+    return tuple(name for name in LAWS if kind == "mixer" or name not in MIXERS_ALONE)
 
 
 def run_laws(
@@ -210,35 +212,6 @@ def fp16(subject: Subject) -> Iterator[Check]:
         yield from half_precision(subject, torch.float16, scale)
 
 
-def half_precision(subject: Subject, dtype: torch.dtype, scale: float) -> Iterator[Check]:
-    """Count the outputs and gradients of a block that are not finite in a half dtype.
-
-    Args:
-        subject: The block.
-        dtype: fp16 or bf16.
-        scale: Size of the inputs.
-    """
-    segments, _ = packed_rows()
-    name = "bf16" if dtype == torch.bfloat16 else "fp16"
-
-    def counted(what: str, x: Tensor) -> Check:
-        check = finite(f"{what}, inputs of size {scale:g}", x)
-        return replace(check, what=check.what + SATURATE) if check.measured and name == "fp16" else check
-
-    block, x = subject.build(torch.float32), scale * subject.input(*segments.shape, dtype=torch.float32)
-    x.requires_grad_()
-    with torch.autocast("cpu", dtype):
-        y = block(x, segments)
-    yield counted(f"output under {name} autocast", y)
-    # the mean keeps the loss itself, and so the scale of the gradient, within the dtype
-    y.float().mean().backward()
-    for key, value in (("x", x), *block.named_parameters()):
-        if value.grad is not None:
-            yield counted(f"gradient of {key} under {name} autocast", value.grad)
-    y = block.to(dtype)(x.detach().to(dtype), segments)
-    yield counted(f"output in {name} weights", y)
-
-
 @law("inputs")
 def inputs_kept(subject: Subject) -> Iterator[Check]:
     """Neither x nor segments is written to, in the forward or the backward pass."""
@@ -277,3 +250,29 @@ def determinism(subject: Subject) -> Iterator[Check]:
     for key, value in runs[0].items():
         share = value.ne(runs[1][key]).double().mean().item()
         yield Check(f"{key} in train mode: share of numbers that differ", share, 0)
+
+
+@law("gaps")
+def gaps(subject: Subject) -> Iterator[Check]:
+    """Padding inside documents changes nothing at real tokens: outputs and gradients are those with it cut out."""
+    block, segments = subject.build(), with_gaps(packed_rows()[0])
+    x, probe = subject.input(*segments.shape), subject.input(*segments.shape, seed=4)
+    x = torch.where(segments.eq(0).unsqueeze(2), 1e3 * x, x).requires_grad_()
+    y = block(x, segments)
+    (dx,) = torch.autograd.grad((y * probe).sum(), x)
+    for row, keep in enumerate(segments.ne(0)):
+        cut = x[row : row + 1, keep].detach().requires_grad_()
+        apart = block(cut, segments[row : row + 1, keep])
+        (gradient,) = torch.autograd.grad((apart * probe[row, keep]).sum(), cut)
+        what = f"row {row} with padding inside documents against the row without it"
+        yield difference(f"{what}: output", y[row : row + 1, keep], apart)
+        yield difference(f"{what}: gradient of x", dx[row : row + 1, keep], gradient)
+    yield Check("largest output at padding", y[segments.eq(0)].abs().sum().item(), 0)
+
+
+@law("returning documents")
+def returning_documents(subject: Subject) -> Iterator[Check]:
+    """A document number that returns after another document is an error."""
+    block = subject.build()
+    rows = accepted(lambda segments: block(subject.input(*segments.shape), segments))
+    yield Check(f"rows accepted in which a document returns, of {len(RETURNING)}: {rows}", float(len(rows)), 0)

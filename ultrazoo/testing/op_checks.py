@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -153,6 +155,28 @@ def padding(spec: OpSpec, samples: list[Sample]) -> Outcome | None:
             if not torch.equal(found[name], want):
                 return Outcome(False, detail=f"{sample.name}: {name} depends on what stands at padding")
     return Outcome(True, detail=f"{checked} samples") if checked else None
+
+
+def documents(spec: OpSpec, samples: list[Sample]) -> Outcome | None:
+    """A document that returns after another one is an error; None where no sample has two tokens of segments."""
+    checked = 0
+    for sample in samples:
+        segments = named_arguments(spec, sample).get("segments")
+        if segments is None or segments.shape[0] == 0 or segments.shape[1] < 3:
+            continue
+        checked += 1
+        returning = (torch.arange(segments.shape[1], device=segments.device) % 2 + 1).expand_as(segments)
+        with contextlib.suppress(ValueError, RuntimeError):
+            run(spec, with_segments(spec, sample, returning.to(segments.dtype).contiguous()))
+            return Outcome(False, detail=f"{sample.name}: segments 1, 2, 1, ... are accepted, expected an error")
+    return Outcome(True, detail=f"{checked} samples") if checked else None
+
+
+def with_segments(spec: OpSpec, sample: Sample, segments: torch.Tensor) -> Sample:
+    """Return the sample with other segments."""
+    before = named_arguments(spec, sample)["segments"]
+    kwargs = {name: segments if value is before else value for name, value in sample.kwargs.items()}
+    return replace(sample, args=tuple(segments if value is before else value for value in sample.args), kwargs=kwargs)
 
 
 def _spoiled(segments: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

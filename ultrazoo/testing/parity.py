@@ -25,6 +25,7 @@ from ultrazoo.ops.build import X86_FLAGS, folders_of, has_vnni
 from ultrazoo.ops.library import kernel_policy, kernel_status, library_of
 from ultrazoo.spec import OpSpec, Sample
 from ultrazoo.testing import op_checks
+from ultrazoo.testing.law_kit import with_gaps
 from ultrazoo.testing.measure import (
     FORWARD_FACTOR,
     GRADIENT_FACTOR,
@@ -32,6 +33,7 @@ from ultrazoo.testing.measure import (
     Run,
     badness,
     floor_of,
+    named_arguments,
     relative_error,
     run,
 )
@@ -68,6 +70,7 @@ class Cases:
 
     def __init__(self, spec: OpSpec, device: torch.device, dtype: torch.dtype) -> None:
         self._spec, self._device, self._dtype = spec, device, dtype
+        self._reference = replace(spec, op=spec.reference)
 
     @cached_property
     def samples(self) -> list[Sample]:
@@ -75,12 +78,24 @@ class Cases:
         return list(self._spec.samples(self._device, self._dtype))
 
     @cached_property
+    def gaps(self) -> list[Case]:
+        """The first sample with segments, if any, with padding inside its documents."""
+        for sample in self.samples:
+            segments = named_arguments(self._reference, sample).get("segments")
+            if segments is not None and segments.numel():
+                return self._with_truth([op_checks.with_segments(self._reference, sample, with_gaps(segments))])
+        return []
+
+    @cached_property
     def cases(self) -> list[Case]:
         """The samples with their references."""
-        reference = replace(self._spec, op=self._spec.reference)
+        return self._with_truth(self.samples)
+
+    def _with_truth(self, samples: list[Sample]) -> list[Case]:
         with kernel_policy("reference"):
             return [
-                Case(sample, run(reference, sample, torch.float64), run(reference, sample)) for sample in self.samples
+                Case(sample, run(self._reference, sample, torch.float64), run(self._reference, sample))
+                for sample in samples
             ]
 
 
@@ -142,12 +157,16 @@ def check_op(
         if opcheck:
             verdict("opcheck", _guarded(spec, lambda: op_checks.registration(spec, samples)))
         try:
-            references = cases.cases
+            references, gaps = cases.cases, cases.gaps
         except ERRORS as error:
             verdict("reference", Outcome(False, detail=op_checks.raised(error, spec)))
             return iter(found)
         for label, outcome in _accuracy(spec, references, dtype, backend).items():
             verdict(label, outcome)
+        for label, outcome in _accuracy(spec, gaps, dtype, backend).items():
+            verdict(f"{label}, padding inside documents", outcome)
+        if device.type == "cpu":  # on a GPU it is a device-side assertion, which ends the process
+            verdict("returning documents", _guarded(spec, lambda: op_checks.documents(spec, samples)))
         verdict("strides and poisoned memory", _guarded(spec, lambda: op_checks.memory(spec, samples, dtype)))
         verdict("padding is not read", _guarded(spec, lambda: op_checks.padding(spec, samples)))
         verdict("inputs unmodified", _guarded(spec, lambda: op_checks.unmodified(spec, samples)))
@@ -191,7 +210,7 @@ def _accuracy(spec: OpSpec, cases: list[Case], dtype: torch.dtype, backend: Back
                 outcome = Outcome(error <= allowed, error, allowed, f"worst on {case.sample.name}")
                 if label not in worst or badness(outcome) > badness(worst[label]):
                     worst[label] = outcome
-    if spec.differentiable and not any(label.startswith("gradient") for label in worst):
+    if cases and spec.differentiable and not any(label.startswith("gradient") for label in worst):
         worst["gradient"] = Outcome(False, detail="no output has a gradient, and the op is declared differentiable")
     return worst
 

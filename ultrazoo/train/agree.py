@@ -14,6 +14,7 @@ from torch import nn
 
 from ultrazoo.config import Config
 from ultrazoo.model import build_model
+from ultrazoo.revisions import Revisions
 from ultrazoo.train.amp import Precision
 from ultrazoo.train.checkpoint import Snapshot
 from ultrazoo.train.examine import Examination
@@ -96,11 +97,12 @@ class TeamFlights(FlightRecorder):
         folder: Where records go; made with the first.
         config: The whole configuration.
         device: The device that trains.
+        revisions: Rules of the run.
         team: The processes.
     """
 
-    def __init__(self, folder: Path, config: Config, device: torch.device, team: Team) -> None:
-        super().__init__(folder, config, device)
+    def __init__(self, folder: Path, config: Config, device: torch.device, revisions: Revisions, team: Team) -> None:
+        super().__init__(folder, config, device, revisions)
         self._team = team
 
     def write(
@@ -123,6 +125,10 @@ class TeamFlights(FlightRecorder):
             self._team.barrier()
 
 
-def flight_recorder(team: Team, folder: Path, config: Config, device: torch.device) -> FlightRecorder:
+def flight_recorder(
+    team: Team, folder: Path, config: Config, device: torch.device, revisions: Revisions
+) -> FlightRecorder:
     """The recorder for one process or many."""
-    return FlightRecorder(folder, config, device) if team.size == 1 else TeamFlights(folder, config, device, team)
+    if team.size == 1:
+        return FlightRecorder(folder, config, device, revisions)
+    return TeamFlights(folder, config, device, revisions, team)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ultrazoo.config import Config
 from ultrazoo.errors import CheckpointError, UltrazooError
 from ultrazoo.ops.library import get_kernel_policy
+from ultrazoo.revisions import Revisions
 from ultrazoo.train.amp import Precision
 from ultrazoo.train.checkpoint import CONFIG, MODEL, model_tensors, on_host, read_tensors
 from ultrazoo.train.durable import publish, read_json, remove_leftovers, to_json, verify_folder
@@ -65,10 +66,11 @@ class FlightRecorder:
         folder: Where records go; made with the first.
         config: The whole configuration.
         device: The device that trains.
+        revisions: Rules of the run.
     """
 
-    def __init__(self, folder: Path, config: Config, device: torch.device) -> None:
-        self.folder, self.config, self.device = folder, config, device
+    def __init__(self, folder: Path, config: Config, device: torch.device, revisions: Revisions) -> None:
+        self.folder, self.config, self.device, self.revisions = folder, config, device, revisions
         self._moments: deque[Moment] = deque()
         self._written = 0
 
@@ -110,7 +112,8 @@ class FlightRecorder:
         now = RandomState(self.device)
         moment.random.restore()
         try:
-            seen = examine(model, moment.batches, precision)
+            exact = self.config.training.exact_balance_loss
+            seen = examine(model, moment.batches, precision, exact_balance=exact)
         finally:
             now.restore()
         path = self._free_folder(fault.step)
@@ -157,6 +160,7 @@ class FlightRecorder:
             "weights": _texts(weight_statistics(parameters)),
             "gradients": _texts(seen.gradients),
             "activations": _texts(seen.activations),
+            "revisions": dict(self.revisions),
             "kernel_policy": get_kernel_policy(),
             "kernels": kernels_used(self.config, self.device),
             "environment": environment(self.device),

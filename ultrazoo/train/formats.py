@@ -16,6 +16,7 @@ from ultrazoo.train.schedule import Progress
 keep_unknown = with_config(ConfigDict(extra="allow"))
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Word = Annotated[int, Field(ge=0, lt=2**32)]
+Revisions = dict[str, Annotated[int, Field(ge=1, le=2**31 - 1)]]
 ProgressFields = TypedDict("ProgressFields", get_type_hints(Progress), total=False)  # type: ignore[misc]
 with_config(ConfigDict(extra="forbid"))(ProgressFields)
 
@@ -86,6 +87,7 @@ class State(TypedDict, total=False):
     """state.json of a checkpoint."""
 
     run: str
+    revisions: Revisions
     step: Count
     epoch: float
     validation_loss: float | None
@@ -208,6 +210,7 @@ class StepRecord(TypedDict):
     dtype: str
     loss_scale: float
     random: Random
+    revisions: NotRequired[Revisions]
     kernel_policy: Literal["auto", "compiled", "reference"]
     kernels: list[Kernel]
     environment: Machine

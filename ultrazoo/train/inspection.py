@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ultrazoo.config.needs import missing
 from ultrazoo.errors import CheckpointError
+from ultrazoo.revisions import RULES
 from ultrazoo.train.checkpoint import MODEL, OPTIMIZER, RECEIPT, read_config, read_state, verify_checkpoint
 from ultrazoo.train.durable import MANIFEST, read_json
 from ultrazoo.train.folder import RunFolder
@@ -36,6 +37,8 @@ class CheckpointReport:
     weights: int | None = None
     """Numbers in the model's tensors, each shared one counted once; so for the optimiser."""
     optimizer_numbers: int | None = None
+    revisions: dict[str, int] = field(default_factory=dict)
+    """Revision of each rule that the run follows; one that it does not mention is at 1."""
     receipt: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -118,6 +121,7 @@ def inspect_checkpoint(folder: Path) -> CheckpointReport:
         validation_loss=state.get("validation_loss"),
         weights=_numbers(folder / MODEL),
         optimizer_numbers=_numbers(folder / OPTIMIZER),
+        revisions={name: 1 for name in RULES if state} | state.get("revisions", {}),
         receipt=receipt,
         config=config,
     )

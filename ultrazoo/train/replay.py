@@ -13,6 +13,7 @@ from ultrazoo.data.batch import Batch
 from ultrazoo.errors import ConfigError
 from ultrazoo.model import build_model
 from ultrazoo.ops.library import kernel_policy
+from ultrazoo.revisions import saved_revisions
 from ultrazoo.train.amp import Precision
 from ultrazoo.train.checkpoint import load_model, read_config
 from ultrazoo.train.examine import Examination, examine
@@ -88,7 +89,7 @@ def replay(folder: Path, *, kernels: str | None = None, dtype: str | None = None
         device: A device; None: as recorded if it is there, else the CPU.
 
     Raises:
-        UltrazooError: The record is missing or damaged.
+        UltrazooError: The record is missing or damaged, or made under rules that this version cannot follow.
         ConfigError: An argument or the record's config cannot be used here.
         KernelUnavailableError: ``compiled`` kernels are asked for and there are none.
     """
@@ -97,6 +98,7 @@ def replay(folder: Path, *, kernels: str | None = None, dtype: str | None = None
             raise ConfigError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
     flight = read_flight(folder)
     record, config = flight.record, config_from_dict(read_config(folder), str(folder))
+    saved_revisions(folder, record.get("revisions", {}), config.to_dict())
     used = _in_use(record["kernel_policy"], record["kernels"])
     recorded = Way(used, record["dtype"], record["environment"]["device"])
     wide = (dtype or recorded.dtype) == "float64"
@@ -118,7 +120,7 @@ def replay(folder: Path, *, kernels: str | None = None, dtype: str | None = None
             for tensors, count in zip(flight.batches, record["num_tokens"], strict=True)
         ]
         set_rng_state(record["random"], place)
-        seen = examine(model.train(), batches, precision)
+        seen = examine(model.train(), batches, precision, exact_balance=training.exact_balance_loss)
     return Replay(
         step=record["step"],
         loss=record["loss"],

@@ -8,6 +8,7 @@ from typing import Any
 
 from ultrazoo.config import Config, ModelConfig, TrainingConfig
 from ultrazoo.errors import CheckpointError, ConfigError
+from ultrazoo.revisions import saved_revisions
 from ultrazoo.train.checkpoint import (
     CONFIG,
     MODEL,
@@ -199,6 +200,30 @@ def check_match(folder: Path, config: Config, *, tokenizer_sha256: str, data_fin
             problems.append(f"{key}: checkpoint {state.get(key)!r}, this run {new!r}")
     _refuse(folder, problems)
     return notes
+
+
+def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return dotted names of the model and training fields that differ between the configs of two checkpoints."""
+    sections = {"model": _defaults(ModelConfig), "training": _defaults(TrainingConfig)}
+    return [
+        f"{section}.{key}"
+        for section, defaults in sections.items()
+        for key, _, _ in _differences(old[section], new[section], defaults)
+    ]
+
+
+def revisions_of(folder: Path) -> dict[str, int]:
+    """Return the revisions of the rules by which a run continues from a checkpoint.
+
+    Raises:
+        CheckpointError: This version cannot follow one of them.
+    """
+    saved = read_config(folder)
+    config = {
+        "model": _defaults(ModelConfig) | saved.get("model", {}),
+        "training": _defaults(TrainingConfig) | saved.get("training", {}),
+    }
+    return saved_revisions(folder, read_state(folder).get("revisions", {}), config)
 
 
 def _compare_models(folder: Path, config: Config) -> tuple[list[str], list[str]]:

@@ -15,6 +15,7 @@ from ultrazoo.config.paths import anchored, spelled_as
 from ultrazoo.data import build_data
 from ultrazoo.data.batch import Share
 from ultrazoo.model import build_model
+from ultrazoo.revisions import current_revisions, notes_on
 from ultrazoo.train.agree import TeamGuard, TeamStore
 from ultrazoo.train.checkpoint import load_model, read_config
 from ultrazoo.train.display import PlainDisplay, final_table, make_display
@@ -25,9 +26,9 @@ from ultrazoo.train.memory import memory_told
 from ultrazoo.train.metrics import JsonLines
 from ultrazoo.train.profile import StepProfiler
 from ultrazoo.train.records import Record, set_aside, take_over
-from ultrazoo.train.resume import check_match, check_weights, find_checkpoint, find_weights
+from ultrazoo.train.resume import check_match, check_weights, find_checkpoint, find_weights, revisions_of
 from ultrazoo.train.runtime import environment, prepared
-from ultrazoo.train.schedule import make_plan
+from ultrazoo.train.schedule import make_plan, note_on_batch
 from ultrazoo.train.signals import SignalGuard, nothing_to_save
 from ultrazoo.train.store import CheckpointStore
 from ultrazoo.train.stretch import plan_of
@@ -97,7 +98,8 @@ def train(
         weights = team.leader_says(lambda: find_weights(resume, store)) if weights_only else None
         team.leader_says(store.tidy)
         job = team.leader_says(lambda: uuid.uuid4().hex)
-        data = team.in_turn(lambda: build_data(training, config.model.vocab_size, say, job))
+        revisions = current_revisions() if start is None else revisions_of(start)
+        data = team.in_turn(lambda: build_data(training, config.model.vocab_size, say, job, revisions))
         data.share = Share(team.rank, team.size)
         if weights is not None:
             check_weights(weights, config, tokenizer_sha256=data.tokenizer_sha256)
@@ -108,7 +110,11 @@ def train(
             changed = check_match(start, config.model_copy(update={"training": alike}), **hashes)
             for note in changed:
                 say(f"resume: changed since the checkpoint: {note}")
+            for note in notes_on(revisions):
+                say(f"resume: {note}")
         plan = make_plan(training, data.rows_per_epoch)
+        if note := note_on_batch(training, data.rows_per_epoch):
+            say(note)
         display = make_display(console, plan.total_steps)
         stack.callback(display.close)
         model = build_model(config.model)
@@ -118,7 +124,7 @@ def train(
             load_model(weights, model)
             display.say(f"weights from {weights}; optimiser, random numbers, data and step begin anew")
         shared = store if team.size == 1 else TeamStore(store, team)
-        trainer = Trainer(config, model.to(device), data, plan, shared, display, team)
+        trainer = Trainer(config, model.to(device), data, plan, shared, display, team, revisions)
         trainer.run_id = job
         if start is not None:
             trainer.restore(start)

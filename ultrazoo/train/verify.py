@@ -37,7 +37,7 @@ from ultrazoo.train.loop import Trainer
 from ultrazoo.train.memory import memory_told
 from ultrazoo.train.metrics import JsonLines
 from ultrazoo.train.records import Record, Say, lines_behind, parse_records, read_lines
-from ultrazoo.train.resume import check_match
+from ultrazoo.train.resume import check_match, revisions_of
 from ultrazoo.train.runtime import prepared
 from ultrazoo.train.schedule import make_plan
 from ultrazoo.train.signals import SignalGuard, StoppedError
@@ -169,7 +169,8 @@ def verify_run(run_dir: Path, *, steps: int | None = None, say: Say = lambda lin
         config = config.model_copy(update={"training": training})
         device = stack.enter_context(prepared(training))
         say = say if team.leads else lambda line: None
-        data = team.in_turn(lambda: build_data(training, config.model.vocab_size, say))
+        revisions = revisions_of(last)
+        data = team.in_turn(lambda: build_data(training, config.model.vocab_size, say, revisions=revisions))
         data.share = Share(team.rank, team.size)
         hashes = {"tokenizer_sha256": data.tokenizer_sha256, "data_fingerprint": data.fingerprint}
         check_match(last, config, **hashes)
@@ -180,7 +181,7 @@ def verify_run(run_dir: Path, *, steps: int | None = None, say: Say = lambda lin
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ultrazoo-verify-")))
         store = TeamStore(_Again(scratch / "checkpoints", originals, found), team)
         display = PlainDisplay(Console(file=StringIO()), None)
-        trainer = Trainer(config, model.to(device), data, plan, store, display, team)
+        trainer = Trainer(config, model.to(device), data, plan, store, display, team, revisions)
         if start is not None:
             trainer.restore(start)
         say(f"taking steps {begun + 1:,} to {state['step']:,} again, from {start or 'the beginning'}")

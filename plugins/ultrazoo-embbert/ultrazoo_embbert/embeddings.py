@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ultrazoo.nn.block_config import BlockConfig
-from ultrazoo.nn.segments import mask_padding, positions
+from ultrazoo.nn.segments import Gaps, mask_padding, positions
 from ultrazoo.spec import BlockSpec
 
 SENTENCES = 3
@@ -85,6 +85,8 @@ class EmbBERTEmbeddings(nn.Module):
         Raises:
             ValueError: The row is longer than the table of positions.
         """
+        gaps = Gaps.of(segments)  # a document begins at its token's place in the row less its position
+        input_ids, segments = gaps.close(input_ids), gaps.segments
         length = input_ids.shape[1]
         place = positions(segments, length, input_ids.device)  # (B or 1, L)
         x = self.projection(self.tokens(input_ids)) + self.sentences(self._sentence(input_ids, place))
@@ -95,7 +97,7 @@ class EmbBERTEmbeddings(nn.Module):
                     f"{self.positions.num_embeddings}; raise model.max_position_embeddings, or shorten the rows"
                 )
             x = x + self.position_projection(self.positions(place))
-        return mask_padding(x, segments)
+        return gaps.open(mask_padding(x, segments))
 
     def _sentence(self, input_ids: Tensor, place: Tensor) -> Tensor:
         """1 before the first separator of the document, 2 from it on, 0 for the padding token; (B, L)."""

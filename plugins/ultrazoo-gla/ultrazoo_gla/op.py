@@ -35,15 +35,15 @@ def gated_linear_attention(
         v: (B, L, H, V) values.
         log_gate: (B, L, H, K) natural logarithms of the gates, finite and <= 0; or (B, L, 2, H, K): a for the
             rightward state, then b for the leftward one, instead of one for both. Taken in at least fp32.
-        segments: (B, L) int, 0 at padding, equal positive numbers for one document, documents contiguous; None means
-            that every row is one document. Padding counts nothing, and o is 0 there.
+        segments: (B, L) int, 0 at padding, equal positive numbers for one document, each one run of tokens; None means
+            that every row is one document. Padding counts nothing, also inside a document, and o is 0 there.
         causal: Read only m <= n.
 
     Returns:
         (B, L, H, V), contiguous, in the widest dtype of q, k and v.
 
     Raises:
-        ValueError: A shape or a device does not fit.
+        ValueError: A shape or a device does not fit, or a document returns (from a compiled kernel a RuntimeError).
         TypeError: A dtype does not fit.
     """
     result: Tensor = _attention(*_arguments(q, k, v, log_gate, segments, causal))

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ultrazoo.nn.segments import mask_padding, starts
+from ultrazoo.nn.segments import Gaps, checked, mask_padding, starts
 
 CHUNK = 16
 
@@ -36,6 +36,8 @@ def gated_linear_attention_reference(
     Returns:
         (B, L, H, V), contiguous, in the dtype of q.
     """
+    gaps = Gaps.of(segments)
+    q, k, v, log_gate, segments = *(gaps.close(x) for x in (q, k, v, log_gate)), gaps.segments
     o = v.new_zeros(v.shape, dtype=_wide(q))
     with torch.autocast(q.device.type, enabled=False):
         for sweep in _sweeps(q, k, v, log_gate, segments):
@@ -43,7 +45,7 @@ def gated_linear_attention_reference(
             for chunk in sweep.chunks():
                 sweep.place(o)[chunk.where] += chunk.scores @ chunk.v + (chunk.q * chunk.entering) @ state
                 state = chunk.pass_on(state)
-    return o.to(q.dtype)
+    return gaps.open(o.to(q.dtype))
 
 
 def gated_linear_attention_backward_reference(
@@ -56,6 +58,8 @@ def gated_linear_attention_backward_reference(
     leaves. log a_i takes part in every pair m < i <= n: the sum of q dq - k dk from i to the end of the chunk (pairs on
     one side of i cancel), and state . dstate for the pairs that reach beyond it.
     """
+    gaps = Gaps.of(segments)
+    grad, q, k, v, log_gate, segments = *(gaps.close(x) for x in (grad, q, k, v, log_gate)), gaps.segments
     dq, dk, dv = (x.new_zeros(x.shape, dtype=_wide(q)) for x in (q, k, v))
     dlog_gate = log_gate.new_zeros(log_gate.shape)
     with torch.autocast(q.device.type, enabled=False):
@@ -80,7 +84,7 @@ def gated_linear_attention_backward_reference(
                 dgate = (passed + beyond).masked_fill(chunk.log_gate.isneginf(), 0)
                 sweep.place(dlog_gate[:, :, direction])[chunk.where] = dgate
                 dstate = chunk.entering[..., -1, :, None] * dstate + (chunk.q * chunk.entering).mT @ gc
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dlog_gate
+    return gaps.open(dq.to(q.dtype)), gaps.open(dk.to(k.dtype)), gaps.open(dv.to(v.dtype)), gaps.open(dlog_gate)
 
 
 @dataclass(frozen=True)
@@ -155,26 +159,26 @@ def gated_linear_attention_recurrent(
 ) -> Tensor:
     """The definition: the states S and T of the module's first lines, token by token."""
     q, k, v, gate = (x.to(_wide(x)) for x in (q, k, v, log_gate.exp()))
-    documents = q.new_ones(q.shape[:2], dtype=torch.int64) if segments is None else segments
+    documents = q.new_ones(q.shape[:2], dtype=torch.int64) if segments is None else checked(segments)
     o = torch.zeros_like(v)
     for direction in range(log_gate.shape[2]):
         state = v.new_zeros(*k.shape[:1], *k.shape[2:], v.shape[3])  # (B, H, K, V)
         previous = documents.new_zeros(q.shape[0])
         for n in sorted(range(q.shape[1]), reverse=direction == 1):
-            same = documents[:, n].eq(previous) & documents[:, n].ne(0)
-            state = torch.where(same[:, None, None, None], gate[:, n, direction].unsqueeze(-1) * state, 0)
-            seen = state
-            state = state + k[:, n].unsqueeze(-1) * v[:, n].unsqueeze(-2)
-            o[:, n] += torch.einsum("bhk,bhkv->bhv", q[:, n], state if direction == 0 else seen)
-            previous = documents[:, n]
+            same, real = documents[:, n].eq(previous), documents[:, n].ne(0)[:, None, None, None]
+            seen = torch.where(same[:, None, None, None], gate[:, n, direction].unsqueeze(-1) * state, 0)
+            written = seen + k[:, n].unsqueeze(-1) * v[:, n].unsqueeze(-2)
+            o[:, n] += torch.einsum("bhk,bhkv->bhv", q[:, n], written if direction == 0 else seen)
+            state = torch.where(real, written, state)  # over padding it passes unchanged
+            previous = torch.where(documents[:, n].ne(0), documents[:, n], previous)
     return mask_padding(o, segments)
 
 
 def gated_linear_attention_matrix(q: Tensor, k: Tensor, log_gate: Tensor, segments: Tensor | None = None) -> Tensor:
     """The matrix M (B, H, L, L) with o = M v, entry by entry from the products of gates."""
     B, L, H, _ = q.shape
-    documents = q.new_ones((B, L), dtype=torch.int64) if segments is None else segments
-    gate = log_gate.exp()
+    documents = q.new_ones((B, L), dtype=torch.int64) if segments is None else checked(segments)
+    gate = log_gate.exp().masked_fill(documents.eq(0)[:, :, None, None, None], 1)
     M = q.new_zeros(B, H, L, L)
     for n in range(L):
         for m in range(L):

@@ -67,6 +67,10 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
         yield Sample(
             name=f"packed{' causal' * causal}", args=draw.tensors(4, 50, 2, 8, 8, temperature=1), kwargs=kwargs
         )
+    gaps = draw.segments([[(0, 2), (2, 14), (0, 1), (2, 20), (0, 3)], [(1, 1), (0, 1)] * 20])
+    for causal in (False, True):
+        kwargs = {"segments": gaps, "causal": causal}
+        yield Sample(name=f"gaps{' causal' * causal}", args=draw.tensors(2, 40, 2, 5, 8, temperature=1), kwargs=kwargs)
     padded = draw.segments([[(1, 20), (0, 5)], [(1, 25)]])
     args = (*draw.tensors(2, 25, 2, 4, 8)[:3], draw.gate(2, 25, 2, 2, 4))
     yield Sample(name="padded", args=args, kwargs={"segments": padded})

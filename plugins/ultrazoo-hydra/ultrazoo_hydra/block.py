@@ -12,7 +12,7 @@ from ultrazoo.nn.conv import SegmentConv1d
 from ultrazoo.nn.delta import DeltaConfig, delta_statistics, initial_delta_bias
 from ultrazoo.nn.norms import NormConfig, RMSNorm
 from ultrazoo.nn.saturate import saturate
-from ultrazoo.nn.segments import mask_padding, starts
+from ultrazoo.nn.segments import Gaps, mask_padding, starts
 from ultrazoo.ops import selective_scan
 from ultrazoo.spec import BlockSpec
 
@@ -131,6 +131,8 @@ class Hydra(nn.Module):
         Returns:
             (B, L, E), zero at padding.
         """
+        gaps = Gaps.of(segments)  # the shift is by one place in the row
+        u, steering, segments = gaps.close(u), gaps.close(steering), gaps.segments
         state, heads = self.state, self.A_log.numel()
         raw, delta = steering.split((4 * state, 2 * heads), dim=2)
         mixed = F.silu(self.conv(torch.cat((u, raw), dim=2), segments))
@@ -139,7 +141,7 @@ class Hydra(nn.Module):
         y = _after(self._scan(u, ahead, B, C, segments, reverse=False), segments)
         y = y + _before(self._scan(u, back, B_back, C_back, segments, reverse=True), segments)
         d = F.linear(u, self.diagonal.weight.to(u.dtype), self.D.to(u.dtype))  # (B, L, H)
-        return y + u * self._by_channel(d)
+        return gaps.open(y + u * self._by_channel(d))
 
     def _scan(
         self, u: Tensor, delta: Tensor, B: Tensor, C: Tensor, segments: Tensor | None, *, reverse: bool

@@ -12,6 +12,7 @@ from ultrazoo.ops.attention.plain import plain_sigmoid, plain_softmax
 from ultrazoo.ops.attention.reference import attention_backward_reference, attention_reference
 from ultrazoo.ops.attention.samples import bench_samples, cost, samples
 from ultrazoo.ops.philox import draw_seed, kept_of_65536
+from ultrazoo.ops.segments import checked
 from ultrazoo.spec import OpSpec
 
 Kind = Literal["softmax", "sigmoid"]
@@ -41,8 +42,8 @@ def attention(
         q: (B, L, H, K) queries; q, k and v are taken in the widest of their dtypes, and read as they lie.
         k: (B, P + L, H, K) keys.
         v: (B, P + L, H, V) values.
-        segments: (B, L) int, 0 at padding, equal positive numbers for one document, documents contiguous; None means
-            that every row is one document. Padding is not read, and o is 0 there.
+        segments: (B, L) int, 0 at padding, equal positive numbers for one document, each one run of tokens; None means
+            that every row is one document. Padding is not read, also inside a document, and o is 0 there.
         dropout: Probability of dropping a weight, in [0, 1); kept ones are divided by the probability of keeping,
             which is rounded to a multiple of 1 / 65536. The backward draws the mask again.
         seed: 0-dim int64, of which the mask is a function; None draws one from torch's global generator of the CPU,
@@ -55,14 +56,15 @@ def attention(
         (B, L, H, V), contiguous, in the widest dtype of q, k and v.
 
     Raises:
-        ValueError: A shape, a device or an option does not fit.
+        ValueError: A shape, a device or an option does not fit, or a document returns (from a compiled kernel a
+            RuntimeError).
         TypeError: A dtype does not fit.
     """
     q, k, v, segments = _checked(q, k, v, segments, dropout, seed, kind, prefix)
     scale = _scale(q) if scale is None else scale
     if (seed is None or dropout == 0) and _runs_plain(q.device.type, kind):
         plain = plain_softmax if kind == "softmax" else plain_sigmoid
-        return plain(q, k, v, segments, dropout, scale, prefix)
+        return plain(q, k, v, None if segments is None else checked(segments), dropout, scale, prefix)
     return _run(_attention, q, k, v, segments, dropout, seed, kind, scale, prefix)
 
 

@@ -6,7 +6,7 @@ with M the number of keys that query n sees: the first P ones, and those of its 
 fp64 inputs, and rounded once.
 
 Dropout draws for a query and a key the 16 bits of slot i % 8 of the Philox block (j, n - i % 8, b H + h, 1): i is the
-place of the query in its document, n in its row, and j that of the key in its document, after the prefix.
+place of the query in its document, n in its row without gaps, and j that of the key in its document, after the prefix.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ultrazoo.ops.philox import philox, slots
+from ultrazoo.ops.segments import Gaps
 
 SLOTS = 8
 
@@ -36,16 +37,18 @@ def attention_reference(
 
     Returns:
         o (B, L, H, V), contiguous, in the dtype of q; and log2 sum_m exp(scale q_n . k_m), (B, H, L) in fp32 or wider,
-        0 at padding; (0, H, L) for the sigmoid, which has no use for it.
+        0 at padding, for the tokens without gaps; (0, H, L) for the sigmoid, which has no use for it.
     """
+    gaps = Gaps.of(segments)
+    q, k, v = gaps.close(q), _close(gaps, k, prefix), _close(gaps, v, prefix)
     with torch.autocast(q.device.type, enabled=False):
-        rows = _Rows(q, k, v, segments, prefix)
+        rows = _Rows(q, k, v, gaps.segments, prefix)
         weights, lse = rows.weights(scale, sigmoid)
         lse = lse / math.log(2)
         if keep < 65536:
             weights = rows.dropped(weights, seed, keep)
         o = torch.einsum("bhnm,bmhv->bnhv", weights, rows.v)
-    return o.to(q.dtype).contiguous(), lse
+    return gaps.open(o.to(q.dtype).contiguous()), lse
 
 
 def attention_backward_reference(
@@ -63,8 +66,10 @@ def attention_backward_reference(
     sigmoid: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; o and lse, which the kernels read, are computed again."""
+    gaps = Gaps.of(segments)
+    grad, q, k, v = gaps.close(grad), gaps.close(q), _close(gaps, k, prefix), _close(gaps, v, prefix)
     with torch.autocast(q.device.type, enabled=False):
-        rows = _Rows(q, k, v, segments, prefix)
+        rows = _Rows(q, k, v, gaps.segments, prefix)
         grad = rows.real(grad)
         weights, _ = rows.weights(scale, sigmoid)
         p = torch.einsum("bnhv,bmhv->bhnm", grad, rows.v)
@@ -75,7 +80,18 @@ def attention_backward_reference(
         dq = scale * torch.einsum("bhnm,bmhk->bnhk", ds, rows.k)
         dk = scale * torch.einsum("bhnm,bnhk->bmhk", ds, rows.q)
         dv = torch.einsum("bhnm,bnhv->bmhv", kept, grad)
-    return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
+    dq, dk, dv = dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
+    return gaps.open(dq), _open(gaps, dk, prefix), _open(gaps, dv, prefix)
+
+
+def _close(gaps: Gaps, x: Tensor, prefix: int) -> Tensor:
+    """x (B, P + L, H, K) with the gaps behind its prefix closed."""
+    return torch.cat((x[:, :prefix], gaps.close(x[:, prefix:])), dim=1) if gaps.move else x
+
+
+def _open(gaps: Gaps, x: Tensor, prefix: int) -> Tensor:
+    """Undo ``_close``."""
+    return torch.cat((x[:, :prefix], gaps.open(x[:, prefix:])), dim=1) if gaps.move else x
 
 
 class _Rows:

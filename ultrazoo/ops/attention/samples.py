@@ -27,6 +27,7 @@ class _Draw:
         return torch.tensor([[n for n, length in row for _ in range(length)] for row in rows], device=self.device)
 
 
+GAPS = [[(0, 3), (2, 20), (0, 1), (2, 28), (0, 2), (1, 1), (0, 2), (1, 1)], [(4, 58)], [(1, 1), (0, 1)] * 29]
 PACKED = [[(0, 3), (1, 61), (2, 49), (3, 1), (0, 16)], [(4, 130)], [(0, 130)], [(1, 48), (7, 75), (2, 5), (0, 2)]]
 
 
@@ -41,6 +42,8 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
         packed = {"segments": draw.segments(PACKED), "kind": kind}
         yield Sample(name=f"{kind} packed", args=draw.tensors(4, 130, 2, 8, 8), kwargs=packed)
         yield Sample(name=f"{kind} packed dropout", args=draw.tensors(4, 130, 2, 32, 17), kwargs={**packed, **some})
+        gaps = {"segments": draw.segments(GAPS), "kind": kind, **some}
+        yield Sample(name=f"{kind} gaps", args=draw.tensors(3, 58, 2, 8, 5, 2), kwargs={**gaps, "prefix": 2})
         prefixed = {**packed, **some, "prefix": 4}
         yield Sample(name=f"{kind} prefix", args=draw.tensors(4, 130, 2, 8, 8, 4), kwargs=prefixed)
         yield Sample(name=f"{kind} L270", args=draw.tensors(1, 270, 1, 6, 6), kwargs={"kind": kind, "scale": 2.0})

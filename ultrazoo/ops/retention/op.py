@@ -37,8 +37,8 @@ def retention(
         k: (B, L, H, K) keys.
         v: (B, L, H, V) values.
         log_decay: (H,) natural logarithm of each head's decay, finite and <= 0; a constant, it has no gradient.
-        segments: (B, L) int, 0 at padding, equal positive numbers for one document, documents contiguous; None means
-            that every row is one document. Padding counts nothing, and o is 0 there.
+        segments: (B, L) int, 0 at padding, equal positive numbers for one document, each one run of tokens; None means
+            that every row is one document. Padding counts nothing, also inside a document, and o is 0 there.
         causal: Read only m <= n; otherwise both sides, and the diagonal once.
         chunk_size: C, tokens whose scores are computed as one matrix; None leaves the choice to the kernel. The
             result depends on it by rounding alone.
@@ -47,7 +47,8 @@ def retention(
         (B, L, H, V), contiguous, in the widest dtype of q, k and v.
 
     Raises:
-        ValueError: A shape, a device or ``chunk_size`` does not fit, or ``log_decay`` requires a gradient.
+        ValueError: A shape, a device or ``chunk_size`` does not fit, ``log_decay`` requires a gradient, or a document
+            returns (from a compiled kernel a RuntimeError).
         TypeError: A dtype does not fit.
     """
     result: Tensor = _retention(*_arguments(q, k, v, log_decay, segments, causal, chunk_size))

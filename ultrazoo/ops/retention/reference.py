@@ -6,8 +6,8 @@ padding. Everything is computed in fp32, or in fp64 for fp64 inputs, and rounded
 
 Chunkwise, C tokens at a time: pairs within a chunk go through their (C, C) scores; what lies before the chunk (in a
 second sweep: after it) is summed up in one (K, V) state per head. At a border between documents the state is dropped
-and every weight across it is zero, so padding and packing are exact. Work is linear in L; the backward computes scores
-and states anew, so memory is O(L).
+and every weight across it is zero, so padding and packing are exact; gaps are closed first. Work is linear in L; the
+backward computes scores and states anew, so memory is O(L).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from ultrazoo.ops.segments import Gaps, checked
 
 DEFAULT_CHUNK = 64
 _HEADS_AT_ONCE = 48  # rows of the batch go together up to this many heads, so that a chunk stays in cache
@@ -30,6 +32,8 @@ def retention_reference(
     Returns:
         (B, L, H, V), contiguous, in the dtype of q.
     """
+    gaps = Gaps.of(segments)
+    q, k, v, segments = gaps.close(q), gaps.close(k), gaps.close(v), gaps.segments
     o = v.new_empty(v.shape, dtype=_wide(q))
     with torch.autocast(q.device.type, enabled=False):
         for rows in _row_blocks(q):
@@ -47,7 +51,7 @@ def retention_reference(
                         oc.baddbmm_(chunk.entering(qc), state)
                     chunk.write(o[rows], oc, add=leftwards)
                     state = chunk.pass_on(state, kc, vc)
-    return o.to(q.dtype)
+    return gaps.open(o.to(q.dtype))
 
 
 def retention_backward_reference(
@@ -66,6 +70,8 @@ def retention_backward_reference(
     dk_m = sum_n p_nm q_n and dv_m = sum_n s_nm grad_n. Beyond the chunk, dq reads the sum of k v^T over the keys,
     dk and dv that of q grad^T over the queries.
     """
+    gaps = Gaps.of(segments)
+    grad, q, k, v, segments = gaps.close(grad), gaps.close(q), gaps.close(k), gaps.close(v), gaps.segments
     dq, dk, dv = (x.new_empty(x.shape, dtype=_wide(q)) for x in (q, k, v))
     with torch.autocast(q.device.type, enabled=False):
         for rows in _row_blocks(q):
@@ -97,7 +103,7 @@ def retention_backward_reference(
                         keys = chunk.pass_on(keys, kc, vc)
                     if not causal or leftwards:
                         queries = chunk.pass_on(queries, qc, gc)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return gaps.open(dq.to(q.dtype)), gaps.open(dk.to(k.dtype)), gaps.open(dv.to(v.dtype))
 
 
 class _Walk:
@@ -217,8 +223,9 @@ def retention_parallel(
 ) -> Tensor:
     """o = ((q k^T) * decay) v with the whole (L, L) matrix of scores: the definition, quadratic in L."""
     wide = _wide(q)
-    index = torch.arange(q.shape[1], device=q.device)
-    offset = index[:, None] - index
+    real = q.new_ones(q.shape[:2], dtype=torch.bool) if segments is None else checked(segments).ne(0)
+    index = real.cumsum(1)  # padding takes no time
+    offset = (index[:, :, None] - index[:, None])[:, None]  # (B, 1, L, L)
     decay = torch.exp(log_decay.to(wide)[:, None, None] * offset.abs())
     if causal:
         decay = decay.tril()
@@ -235,20 +242,21 @@ def retention_recurrent(
     """o_n = q_n S_n (+ decay q_n Z_n+1), S and Z the decayed sums of k v^T up to and from n: token by token."""
     wide = _wide(q)
     decay = log_decay.to(wide).exp()[:, None, None]
-    documents = torch.ones(q.shape[:2], dtype=torch.int64, device=q.device) if segments is None else segments
+    documents = torch.ones(q.shape[:2], dtype=torch.int64, device=q.device) if segments is None else checked(segments)
     o = v.new_zeros(v.shape, dtype=wide)
     for leftwards in (False,) if causal else (False, True):
         state = v.new_zeros((q.shape[0], *q.shape[2:], v.shape[3]), dtype=wide)
         previous = documents.new_zeros(q.shape[0])
         for n in sorted(range(q.shape[1]), reverse=leftwards):
             document = documents[:, n]
-            state = state * decay * document.eq(previous)[:, None, None, None]
+            here = document.ne(0)[:, None, None, None]  # padding takes no time
+            state = torch.where(here, state * decay * document.eq(previous)[:, None, None, None], state)
             own = torch.einsum("bhk,bhv->bhkv", k[:, n].to(wide), v[:, n].to(wide))
-            own = own * document.ne(0)[:, None, None, None]
+            own = own * here
             seen = state if leftwards else state + own
-            o[:, n] += torch.einsum("bhk,bhkv->bhv", q[:, n].to(wide), seen)
+            o[:, n] += torch.einsum("bhk,bhkv->bhv", q[:, n].to(wide), seen * here)
             state = state + own
-            previous = document
+            previous = torch.where(document.ne(0), document, previous)
     return o.to(q.dtype)
 
 

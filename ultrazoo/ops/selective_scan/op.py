@@ -47,15 +47,15 @@ def selective_scan(
         z: (batch, length, dim) gate, or None.
         delta_bias: (dim,) added to delta, or None.
         delta_softplus: Take softplus(delta + delta_bias) for the step size.
-        segments: (batch, length) int, 0 at padding, equal positive numbers for one document, documents contiguous;
-            None means that every row is one document. Padding counts nothing, and y is 0 there.
+        segments: (batch, length) int, 0 at padding, equal positive numbers for one document, each one run of tokens;
+            None means that every row is one document. Padding counts nothing, also inside a document, and y is 0 there.
         reverse: Scan from right to left; each document then starts at its end.
 
     Returns:
         (batch, length, dim), contiguous, in the widest dtype of u, delta, B, C and z.
 
     Raises:
-        ValueError: A shape or a device does not fit.
+        ValueError: A shape or a device does not fit, or a document returns (from a compiled kernel a RuntimeError).
         TypeError: A dtype does not fit.
     """
     y: Tensor = _scan(*_arguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, segments, reverse))[0]

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ultrazoo.ops.segments import checked, last_documents
+
 CHUNK = 32
 _NUMBERS_AT_ONCE = 1 << 15  # rows of the batch go together up to this many numbers of state, so that they stay in cache
 _LINEAR_FROM = 40  # from here on softplus(x) is x, also in fp64
@@ -119,6 +121,7 @@ def selective_scan_backward_reference(
                 d_delta = torch.mul(d_exponent, scan.A, out=h).sum(2).addcmul_(d_input, chunk.u)
                 if delta_softplus:
                     d_delta.mul_(-torch.expm1(-chunk.delta))  # sigmoid(x) = 1 - exp(-softplus(x))
+                d_delta = chunk.only_real(d_delta)
                 chunk.write(ddelta, d_delta)
                 d_u = d_input * chunk.delta
                 chunk.write(du, d_u if scan.D is None else d_u.addcmul_(g, scan.D))
@@ -147,7 +150,7 @@ def selective_scan_loop(
 ) -> Tensor:
     """y_t = (C_t . x_t + D u_t) silu(z_t), token by token: the definition; arguments as of ``selective_scan``."""
     wide = torch.promote_types(u.dtype, torch.float32)
-    documents = torch.ones(u.shape[:2], dtype=torch.int64, device=u.device) if segments is None else segments
+    documents = torch.ones(u.shape[:2], dtype=torch.int64, device=u.device) if segments is None else checked(segments)
     real = documents.ne(0).unsqueeze(2)
     dtype, u, delta, B, C = u.dtype, *(x.to(wide) for x in (u, delta, B, C))
     if delta_bias is not None:
@@ -159,10 +162,10 @@ def selective_scan_loop(
     steps = list(zip(*(x.unbind(1) for x in (delta, delta * u, B, C, documents)), strict=True))
     for delta_t, input_t, B_t, C_t, document in reversed(steps) if reverse else steps:
         if segments is not None and previous is not None:
-            state = state * document.eq(previous)[:, None, None]
+            state = state * (document.eq(previous) | document.eq(0))[:, None, None]
         state = torch.exp(delta_t[:, :, None] * A) * state + input_t[:, :, None] * B_t[:, None, :]
         y.append((state @ C_t[:, :, None]).squeeze(2))
-        previous = document
+        previous = document if previous is None else torch.where(document.ne(0), document, previous)
     result = torch.stack(y[::-1] if reverse else y, dim=1) if y else torch.zeros_like(u)
     if D is not None:
         result = result + D * u
@@ -191,6 +194,9 @@ class _Scan:
         self.dtype = torch.promote_types(u.dtype, torch.float32)
         self.u, self.delta, self.B, self.C, self.z = u, delta, B, C, z
         self.delta_softplus, self.segments, self.reverse = delta_softplus, segments, reverse
+        self.before: Tensor | None = None  # the document of the last real token before each in the scan's order
+        if segments is not None:
+            self.segments, self.before = checked(segments), last_documents(segments, reverse)
         self.A = A.mT.to(self.dtype).contiguous()  # (state, dim)
         self.A_log2 = self.A / math.log(2)  # exp2 is several times faster than exp on a CPU
         self.D = None if D is None else D.to(self.dtype)
@@ -224,8 +230,8 @@ class _Chunk:
         self._span = slice(index * CHUNK, min((index + 1) * CHUNK, scan.u.shape[1]))
         self._real: Tensor | None = None
         self._reset: Tensor | None = None
-        if scan.segments is not None:
-            self._mark(scan.segments)
+        if scan.segments is not None and scan.before is not None:
+            self._mark(scan.segments, scan.before)
         self.u, self.B, self.C = self.read(scan.u), self.read(scan.B), self.read(scan.C)
         self.z = None if scan.z is None else self.read(scan.z)
         self.delta = self.read(scan.delta)
@@ -233,23 +239,20 @@ class _Chunk:
             self.delta = self.delta + scan.delta_bias
         if scan.delta_softplus:
             self.delta = F.softplus(self.delta, threshold=_LINEAR_FROM)
-        self.delta = self._only_real(self.delta)
+        self.delta = self.only_real(self.delta)
         self.input = self.delta * self.u
         self.decay, self.x = self.buffer("decay"), self.buffer("x")
 
-    def _mark(self, segments: Tensor) -> None:
-        """Find padding, and the steps that do not see the state before them."""
-        here = self._ordered(segments[self._rows, self._span])
-        before = self._span.stop if self._scan.reverse else self._span.start - 1
-        inside = 0 <= before < segments.shape[1]
-        entry = segments[self._rows, before, None] if inside else here[:, :1]
-        new = here.ne(torch.cat((entry, here[:, :-1]), dim=1))
+    def _mark(self, segments: Tensor, before: Tensor) -> None:
+        """Find padding, over which the state passes unchanged, and the steps that do not see the state before them."""
+        here, last = (self._ordered(x[self._rows, self._span]) for x in (segments, before))
+        new = here.ne(0) & here.ne(last)
         self._reset = torch.zeros_like(new, dtype=self._scan.dtype).masked_fill_(new, -torch.inf)[:, :, None, None]
         self._real = here.ne(0).unsqueeze(2).to(_BITS[self._scan.dtype]).neg()  # all bits, or none at padding
 
     def read(self, x: Tensor) -> Tensor:
         """These positions of x (batch, length, n), in the computing dtype, 0 at padding."""
-        return self._only_real(self._ordered(x[self._rows, self._span]).to(self._scan.dtype))
+        return self.only_real(self._ordered(x[self._rows, self._span]).to(self._scan.dtype))
 
     def write(self, x: Tensor, part: Tensor) -> None:
         """Put part into these positions of x."""
@@ -280,7 +283,8 @@ class _Chunk:
     def _ordered(self, x: Tensor) -> Tensor:
         return x.flip(1) if self._scan.reverse else x
 
-    def _only_real(self, x: Tensor) -> Tensor:
+    def only_real(self, x: Tensor) -> Tensor:
+        """x (rows, steps, n) with 0 at padding."""
         if self._real is None:
             return x
         return x.view(self._real.dtype).bitwise_and(self._real).view(x.dtype)  # masked_fill, NaN included, but fast

@@ -58,6 +58,11 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     )
     for reverse in (False, True):
         yield draw.sample(f"packed{' reverse' * reverse}", 4, 80, 6, 3, full=True, segments=packed, reverse=reverse)
+    gaps = draw.segments(
+        [[(0, 2), (5, 29), (0, 1), (5, 20), (0, 7), (5, 9), (3, 1), (0, 1)], [(2, 70)], [(1, 1), (0, 1)] * 35]
+    )
+    for reverse in (False, True):
+        yield draw.sample(f"gaps{' reverse' * reverse}", 3, 70, 6, 3, full=reverse, segments=gaps, reverse=reverse)
     padded = draw.segments([[(1, 20), (0, 13)], [(1, 33)]])
     yield draw.sample("padded, bare", 2, 33, 5, 4, full=False, segments=padded)
 

@@ -1,6 +1,7 @@
 #include <tuple>
 
 #include "common/bind.h"
+#include "common/documents.h"
 #include "gated_linear_attention/kernels.h"
 
 namespace uz {
@@ -42,7 +43,10 @@ struct Inputs {
 };
 
 Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_gate, const Optional& segments) {
-  Inputs in(q, k, v, log_gate, segments, "gla::gated_linear_attention");
+  const char* where = "gla::gated_linear_attention";
+  const Documents documents(segments, where);
+  Inputs in(documents.close(q), documents.close(k), documents.close(v), documents.close(log_gate), documents.segments(),
+            where);
   Tensor o = empty_contiguous(v, v.scalar_type());
   if (in.items() == 0) return o;
   in.args.o = o.mutable_data_ptr();
@@ -50,14 +54,16 @@ Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
   parallel_with_scratch(
       q, in.items(), kernels.scratch_floats(in.args),
       [&](float* scratch, int64_t begin, int64_t end) { kernels.forward(in.args, scratch, begin, end); });
-  return o;
+  return documents.open(o);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_, const Tensor& q, const Tensor& k,
                                                     const Tensor& v, const Tensor& log_gate, const Optional& segments) {
   const char* where = "gla::gated_linear_attention_backward";
-  const Inputs in(q, k, v, log_gate, segments, where);
-  const Tensor grad = torch::stable::contiguous(grad_);
+  const Documents documents(segments, where);
+  const Inputs in(documents.close(q), documents.close(k), documents.close(v), documents.close(log_gate),
+                  documents.segments(), where);
+  const Tensor grad = torch::stable::contiguous(documents.close(grad_));
   check_same_shape(grad, v, where);
   STD_TORCH_CHECK(grad.scalar_type() == v.scalar_type(), where, ": grad and v have different dtypes");
   Tensor dq = empty_contiguous(q, q.scalar_type()), dk = empty_contiguous(k, k.scalar_type());
@@ -76,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_, const T
         q, in.items(), kernels.backward_scratch_floats(args),
         [&](float* scratch, int64_t begin, int64_t end) { kernels.backward(args, scratch, begin, end); });
   }
-  return {dq, dk, dv, dlog_gate};
+  return {documents.open(dq), documents.open(dk), documents.open(dv), documents.open(dlog_gate)};
 }
 
 }  // namespace
