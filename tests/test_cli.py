@@ -188,7 +188,7 @@ def test_data_convert(capsys: Capture, tmp_path: Path) -> None:
     assert call("data", "convert", tmp_path / "a.txt", tmp_path / "b.jsonl", "-o", output, "--text-key", "body") == 0
     assert len(pq.read_table(output)) == 3
     err = capsys.readouterr().err
-    assert "wrote 3 documents" in err and "left out: 1 not text" in err
+    assert "wrote 3 documents" in err and "skipped: 1 not text" in err
     assert call("data", "convert", tmp_path / "a.txt", "-o", output) == 1
     assert call("data", "convert", tmp_path / "a.txt", "-o", output, "--overwrite") == 0
 
