@@ -51,10 +51,14 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show a block: paper, equation, options, parameters, state, kernels, and the laws that it is held to."""
+    from ultrazoo.callables import construct
     from ultrazoo.config import ModelConfig, block_config, model_around
+    from ultrazoo.ops.loader import without_builds
     from ultrazoo.registry import registry
 
     spec = registry().find_block(block)
+    with without_builds():
+        kernels = [kernel for op in spec.ops for kernel in kernels_of(op)]
     config = block_config(spec, model_around(spec, hidden_size))
     own = {name: field for name, field in spec.config.model_fields.items() if name not in ModelConfig.model_fields}
     facts: dict[str, Any] = {
@@ -62,11 +66,11 @@ def show(
         "kind": spec.kind,
         "paper": spec.paper,
         "equation": spec.equation,
-        "parameters": sum(parameter.numel() for parameter in spec.module(config).parameters()),
+        "parameters": sum(parameter.numel() for parameter in construct(spec, config).parameters()),
         "state_size": spec.state_size(config) if spec.state_size else None,
         "model_fields": {name: getattr(config, name) for name in spec.config.model_fields if name not in own},
         "options": {name: {"value": getattr(config, name), "help": field.description} for name, field in own.items()},
-        "kernels": [kernel for op in spec.ops for kernel in kernels_of(op)],
+        "kernels": kernels,
         "laws": _laws(spec, check),
     }
     if as_json:
@@ -87,6 +91,7 @@ def _laws(spec: BlockSpec, check: bool) -> list[dict[str, Any]]:
     if check:
         for entry, result in zip(laws, run_laws(spec), strict=True):
             entry |= {"held": result.passed, "what": result.what, "measured": result.measured, "limit": result.limit}
+            entry |= {} if result.passed else {"place": result.place}
     return laws
 
 
@@ -121,7 +126,8 @@ def _print_facts(facts: dict[str, Any], hidden_size: int, spec: BlockSpec) -> No
 
 def _verdict(law: dict[str, Any]) -> str:
     verdict = "holds" if law["held"] else "BROKEN"
-    return f"{verdict}: {law['what']}: {law['measured']:.3g}, limit {law['limit']:.3g}"
+    place = f" ({law['place']})" if law.get("place") else ""
+    return f"{verdict}: {law['what']}: {law['measured']:.3g}, limit {law['limit']:.3g}{place}"
 
 
 def schema(

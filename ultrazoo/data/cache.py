@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import zlib
 from collections import Counter
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ultrazoo.caches import cache_home
 from ultrazoo.data.encoding import Encoder
 from ultrazoo.data.files import SummedFile, cache_errors, first_changed, locked, write_atomically
 from ultrazoo.data.progress import Progress
@@ -27,8 +27,7 @@ SHARD_TOKENS = 64 << 20
 
 def default_cache_dir() -> Path:
     """Return the folder for caches where none is set, after the XDG convention."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "ultrazoo" / "data"
+    return cache_home() / "data"
 
 
 def cache_folder(cache_dir: Path, fingerprint: str, vocabulary: Vocabulary) -> Path:

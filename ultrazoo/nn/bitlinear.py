@@ -112,6 +112,8 @@ class BitLinear(nn.Linear):
 class PackedBitLinear(nn.Module):
     """``BitLinear`` for inference: the weight in two bits a number, summed in integers; no gradient.
 
+    Both widths are filled up to a multiple of 16 in memory: 64 ceil(N / 16) ceil(K / 16) bytes.
+
     ``packed`` and ``scale`` are those of ``ultrazoo.ops.pack_ternary``, whose docstring has the layout.
 
     Args:

@@ -23,7 +23,7 @@ from ultrazoo.verdicts import verdict_path
 
 FORMAT = 1
 """Of the JSON; raised when a field changes its meaning or goes."""
-GROUPS = ("law", "ops", "model", "training")
+GROUPS = ("law", "compiled law", "ops", "model", "training")
 """First words of the checks of a block, each a column of badges."""
 FIGURES = {"size: parameters": "parameters", "size: state": "state", "speed: against attention": "time / attention"}
 
@@ -130,8 +130,9 @@ def write_verdict(plugin: Plugin, report: Report) -> Path:
         "when": report.when,
     }
     path = verdict_path(plugin.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(verdict, indent=2, ensure_ascii=False) + "\n").encode())
+    path.chmod(0o600)  # a verdict that others could have written is not believed
     return path
 
 

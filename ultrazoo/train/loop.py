@@ -112,9 +112,13 @@ class Trainer:
         cut_short = progress.step > 0 and progress.validated_step != progress.step
         if cut_short and self._due(training.eval_every_n_steps, first >= 1):
             self.validate(guard)
-        last = first >= 1
+        last, compiles = first >= 1, self.training.compile
         while not last and guard.stop is None:
+            begins = time.perf_counter()
             (self.instead_of_step or self.step)()
+            if compiles:  # torch.compile compiles in the first step of a process, which is not time of the run
+                compiles, started = False, started + time.perf_counter() - begins
+                self._mark = (progress.tokens, progress.train_seconds)
             guard.poll()
             progress.elapsed_seconds = self.team.clock(time.perf_counter() - started)
             share = self._share()

@@ -17,7 +17,9 @@ from ultrazoo.config.paths import anchored, spelled_as
 from ultrazoo.data import build_data
 from ultrazoo.data.batch import Share
 from ultrazoo.model import build_model
+from ultrazoo.ops import prepare_blocks
 from ultrazoo.output import only_messages
+from ultrazoo.registry import registry
 from ultrazoo.revisions import current_revisions, notes_on
 from ultrazoo.train.agree import TeamGuard, TeamStore
 from ultrazoo.train.checkpoint import load_model, read_config, read_state
@@ -96,6 +98,8 @@ def train(
         team.leader_says(lambda: stack.enter_context(folder) and None)
         team.leader_says(lambda: folder.claim(config.to_yaml(), training.tokenizer, say))
         device = stack.enter_context(prepared(training))
+        blocks = [registry().block(kind, name) for kind, name in config.model.blocks_used]
+        team.in_turn(lambda: prepare_blocks(blocks))  # before the clock, and any timeout of the processes, runs
         store = CheckpointStore(folder.checkpoints, training.max_rolling_checkpoints, training.num_best_checkpoints)
         start = None if weights_only else team.leader_says(lambda: find_checkpoint(resume, store, say))
         if resume == "auto" and start is None and (again := team.leader_says(folder.first_weights)):

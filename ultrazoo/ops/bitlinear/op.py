@@ -81,8 +81,9 @@ def pack_ternary(weight: Tensor, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
         eps: The least that mean |W| counts for.
 
     Returns:
-        (ceil(N / 16), ceil(K / 16), 64) uint8 packed codes, and (N,) fp32 scale of each row: all equal here, while
-        matrices whose N is a multiple of 16 may be concatenated with their own.
+        (ceil(N / 16), ceil(K / 16), 64) uint8 packed codes: two bits a weight where N and K are multiples of 16, and
+        whole tiles otherwise, so (3, 68) takes 320 bytes where 51 would do. And (N,) fp32 scale of each row: all equal
+        here, while matrices whose N is a multiple of 16 may be concatenated with their own.
 
     Raises:
         ValueError: The weight is not a matrix, or is empty.
