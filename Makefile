@@ -1,5 +1,5 @@
-# make train   set up $(VENV), train the smallest preset on the embedded text, fill a mask, draw the curves
-# make test    set up $(VENV) with the development tools and run the tests
+# make train   set up $(VENV), compile the kernels, train the smallest preset on the embedded text, fill a mask, draw the curves
+# make test    set up $(VENV) with the development tools, compile the kernels and run the tests
 # make lint    ruff, mypy and clang-format, changing nothing      make format   the same, mending what they can
 # make VENV=path/to/env ... uses that environment; a torch that is already importable there is kept.
 PYTHON ?= python3
@@ -14,12 +14,12 @@ CXX_SOURCES = find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*
 
 .PHONY: train test lint format
 
-train: $(VENV)/.installed
+train: $(VENV)/.installed $(VENV)/.kernels
 	$(BIN)/ultrazoo train $(CONFIG) --resume auto
 	$(BIN)/ultrazoo fill-mask $(RUN) "The king of [MASK]"
 	$(BIN)/ultrazoo plot $(RUN)
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(VENV)/.kernels
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(VENV)/.dev
@@ -49,19 +49,28 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml $(wildcard setup.py)
 	$(PIP) install -e '.[dev]'
 	touch $(VENV)/.installed $@
 
+# Compiled once per user, with a line of progress; without a compiler the references run, and the line says so.
+$(VENV)/.kernels: $(VENV)/.installed $(shell $(CXX_SOURCES))
+	$(BIN)/ultrazoo doctor --build > $@.log
+	touch $@
+
 # make bench   parity, then pytest-benchmark over the ops' realistic samples; ARGS="-k retention" picks some
 .PHONY: bench
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest bench $(ARGS)
 
 # make sanitize      the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, over all samples
+# make fuzz-ops      10,000 raw calls of the ops, a third valid, a third with one wrong argument, a third random
 # make test-cuda     every CUDA kernel run on the CPU, thread by thread (plain, under AddressSanitizer, under ThreadSanitizer),
 #                    compiled for every architecture, and the faults planted in the kernels that this catches
 # make cuda-matrix   nvcc: registers, spills, shared memory, occupancy, modelled times; ARGS=--quick: two architectures
 # make gpu-check     on a GPU: parity and benchmarks, written to bench/results/gpu-NAME.md
-.PHONY: sanitize test-cuda cuda-matrix gpu-check
+.PHONY: sanitize fuzz-ops test-cuda cuda-matrix gpu-check
 sanitize: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/sanitize.py
+
+fuzz-ops: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_ops.py $(ARGS)
 
 $(VENV)/.cuda: bench/cuda_tools.txt | $(VENV)/.dev
 	$(PIP) install -q -r bench/cuda_tools.txt

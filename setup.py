@@ -23,12 +23,12 @@ class BuildPython(build_py):
     """Puts csrc/ and configs/ beside the modules, where an installed package finds them."""
 
     def run(self):
+        if not self.editable_mode:  # setuptools would ship whatever an earlier build left in build/
+            shutil.rmtree(Path(self.build_lib, "ultrazoo"), ignore_errors=True)
         super().run()
         if not self.editable_mode:
             for folder in ("csrc", "configs"):
-                target = Path(self.build_lib, "ultrazoo", folder)
-                shutil.rmtree(target, ignore_errors=True)
-                shutil.copytree(ROOT / folder, target)
+                shutil.copytree(ROOT / folder, Path(self.build_lib, "ultrazoo", folder))
 
 
 arguments = at_install.kernels("ultrazoo._C", "csrc")

@@ -96,14 +96,14 @@ def cached(training: Any, vocabulary_size: int) -> dict[str, Way]:
 
     data = build_data(training, vocabulary_size, lambda line: None)
     dataset, total = data._dataset, int(data.stats["tokens"])
-    tokens = [mapped for mapped, _ in data.store._maps]  # type: ignore[attr-defined]
+    tokens = [file for file, _ in data.store._shards]  # type: ignore[attr-defined]
     epochs = max(1, 4_000_000 // total)
 
     def repeated(work: Callable[[], int]) -> Way:
         return lambda: sum(work() for _ in range(epochs))
 
     def copy() -> int:
-        return sum(len(np.array(part)) for part in tokens)
+        return sum(len(file.read(0, len(file))) for file in tokens)
 
     def read() -> int:
         return sum(

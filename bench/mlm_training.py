@@ -145,7 +145,7 @@ def documents(training: Any, most: int = 4000) -> list[str]:
 
     texts: Iterator[str] = (
         text
-        for path in find_files(training.local_parquet_dir)[0]
+        for path in find_files(training.local_parquet_dir).files
         for batch in parquet.ParquetFile(path).iter_batches(columns=[training.text_column])
         for text in batch.column(0).to_pylist()
         if text

@@ -115,7 +115,8 @@ def struck(
     code, seconds = job.end()
     left = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
     steps = job.steps()
-    saved = steps[-1] > before[-1] if number in (signal.SIGTERM, signal.SIGINT) else steps[-1] >= before[-1]
+    asks = number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    saved = steps[-1] > before[-1] if asks else steps[-1] >= before[-1]
     goal = steps[-1] + 3
     again = Job(folder, [*options, f"max_steps={goal}"], ["--resume", "auto"], nodes=nodes)
     resumed, _ = again.end()
@@ -174,6 +175,8 @@ def main() -> int:
             "SIGTERM to torchrun": lambda: struck(root / "a", "torchrun", signal.SIGTERM),
             "SIGINT to torchrun": lambda: struck(root / "b", "torchrun", signal.SIGINT),
             "SIGTERM to rank 1": lambda: struck(root / "c", "rank 1", signal.SIGTERM),
+            "SIGHUP to torchrun": lambda: struck(root / "j", "torchrun", signal.SIGHUP),
+            "SIGHUP to rank 1": lambda: struck(root / "k", "rank 1", signal.SIGHUP),
             "SIGKILL to rank 1": lambda: struck(root / "d", "rank 1", signal.SIGKILL),
             "SIGKILL to rank 0": lambda: struck(root / "e", "rank 0", signal.SIGKILL),
             "SIGKILL to rank 1, fsdp": lambda: struck(root / "f", "rank 1", signal.SIGKILL, ["distributed=fsdp"]),

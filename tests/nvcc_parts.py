@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ultrazoo.ops import build, nvcc
+from ultrazoo.ops import nvcc
 
 FAKE = r"""#!/bin/sh
 # Answers like nvcc {version}, and compiles a .cu as plain C++.
@@ -41,5 +41,5 @@ def use_fake_toolkit(home: Path, patch: pytest.MonkeyPatch) -> Path:
         patch.delenv(name, raising=False)
     patch.setenv("CUDA_HOME", str(home))
     patch.setattr(nvcc, "torch_cuda", lambda: "13.0")
-    patch.setattr(build, "device_archs", list)
+    patch.setattr(nvcc, "device_archs", list)
     return home

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from bench_parts import CPU, Clock, StillBench, rows_of
 from ultrazoo.bench import session
 from ultrazoo.bench.compare import compare, notes, unmatched
 from ultrazoo.bench.crossover import crossings, panels
+from ultrazoo.bench.machine import GEMM
 from ultrazoo.bench.records import Task, append_rows, read_rows
+from ultrazoo.bench.tables import tables_of
 from ultrazoo.bench.timing import interleave, peak_memory
 from ultrazoo.errors import DataError
 from ultrazoo.spec import Cost
@@ -96,6 +99,9 @@ def test_rows_survive_a_file_and_a_damaged_file_is_named(tmp_path: Path) -> None
     append_rows(path, rows[:1])
     append_rows(path, rows[1:])
     assert read_rows(path) == rows
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert read_rows(path) == rows
+    path.write_text(path.read_text(encoding="utf-8-sig"))
     good = path.read_text().splitlines()[0]
     for bad in ("{", good.replace('"schema_version": 1', '"schema_version": 99'), '{"schema_version": 1}', "[]"):
         path.write_text(f"{good}\n{bad}\n")
@@ -114,3 +120,34 @@ def test_a_verdict_needs_quartiles_that_do_not_overlap() -> None:
     assert "2.00 times as long" in note
     other = [replace(row, machine=replace(row.machine, name="another")) for row in new]
     assert "name differs" in notes(changes[:1], old, other)[0]
+
+
+def test_what_is_too_noisy_to_use_is_marked(tmp_path: Path) -> None:
+    (steady,) = rows_of({"compiled": [1.0]})
+    cost = {"flops": 5e11, "bytes": 1e9}
+    noisy, beside_noise = replace(steady, q1_s=0.5, q3_s=4.36, **cost), replace(steady, gemm_spread=0.4, **cost)
+    assert (noisy.is_noisy, noisy.has_noisy_ceiling) == (True, True)
+    assert (beside_noise.is_noisy, beside_noise.has_noisy_ceiling) == (False, True)
+    assert not steady.is_noisy and not replace(steady, gemm_spread=0.1, copy_spread=0.2).has_noisy_ceiling
+    table = tables_of([noisy, replace(beside_noise, backend="reference"), replace(steady, backend="third", **cost)])[0]
+    first, second, third = (dict(zip(table.headers, row, strict=True)) for row in table.rows)
+    assert (first["±"], first["of GEMM"], first["of copy"]) == ("193%!", "500%!", "5%!")
+    assert (second["±"], second["of GEMM"]) == ("10%", "500%!") and (third["±"], third["of GEMM"]) == ("10%", "500%")
+    assert "!: too noisy to use" in table.legend
+    longer = replace(steady, sample="B4 K8 L128", length=128)
+    (swept,) = tables_of([replace(row, kind="block") for row in (noisy, longer)])
+    assert "±193%!" in swept.rows[0][2] and "!" not in swept.rows[1][2]
+    append_rows(tmp_path / "rows.jsonl", [noisy, beside_noise])
+    assert read_rows(tmp_path / "rows.jsonl") == [noisy, beside_noise]
+    old = json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0])
+    (tmp_path / "old.jsonl").write_text(json.dumps({k: v for k, v in old.items() if not k.endswith("_spread")}))
+    assert read_rows(tmp_path / "old.jsonl") == [noisy], "files of before the spread of the ceilings was kept"
+    (change,) = compare([steady], [replace(noisy, q1_s=2.0, median_s=2.5)])
+    assert change.verdict == "too noisy"
+
+
+def test_the_spread_of_the_ceilings_is_kept(still: StillBench) -> None:
+    still.limits[GEMM] = (still.clock.case([0.5] * 3 + [0.1, 0.9, 0.5, 0.1, 0.9]), 5e9)  # three before the rounds
+    (row,) = still.bench.measure(task(), "family", {"compiled": still.clock.case(1.0)})
+    assert row.gemm_spread is not None and row.gemm_spread > 0.25 and row.copy_spread == 0.0
+    assert row.has_noisy_ceiling and not row.is_noisy

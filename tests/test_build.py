@@ -187,6 +187,13 @@ def test_an_error_in_the_sources_is_quoted_and_leaves_nothing_behind(
     assert not (cache / build.build_key(sources)).exists()
 
 
+def test_on_windows_nothing_is_compiled_and_the_references_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(home / "cache")
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(build.BuildError, match="kernels are not compiled on Windows"):
+        build.library()
+
+
 def test_a_cache_that_cannot_be_written_is_an_error_with_a_way_out(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "file"))

@@ -27,6 +27,7 @@ Error rk4_combine(const Rk4Combine&, int64_t, Stream) { return "no GPU"; }
 Error rk4_stage(const Rk4Stage&, int64_t, Stream) { return "no GPU"; }
 }
 """
+NO_ROOM = "echo 'fatal error: error writing to /tmp/x.o: No space left on device' >&2; exit 1"
 LOADED = """
 import sys, torch
 from pathlib import Path
@@ -63,12 +64,12 @@ def sources(tmp_path: Path, toolkit_home: Path, objects: Path, monkeypatch: pyte
     for folder in ("common", "rk4"):
         shutil.copytree(original / folder, copy / folder)
     (copy / "rk4/cuda.cu").write_text(LAUNCHERS)
+    monkeypatch.setattr(nvcc, "device_archs", lambda: [75, 90])
     monkeypatch.setattr(build, "find_sources", lambda: copy)
     monkeypatch.setattr(build, "AT_INSTALL", tmp_path / "missing.so")
     monkeypatch.setattr(compiling, "CXX_FLAGS", (*build.CXX_FLAGS, "-O0"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     cache = build.cache_folder()
-    cache.mkdir(parents=True)
     (cache / "objects").symlink_to(objects)
     return copy
 
@@ -78,19 +79,19 @@ def test_a_library_with_cuda_kernels_is_built_once_and_kept_without_nvcc(
 ) -> None:
     library = build.library()
     key = build.build_key(sources)
-    assert build.made_from(library) == build.Made(key, "13.0.88", ("75", "80", "90", "100", "120+PTX"))
+    assert build.made_from(library) == build.Made(key, "13.0.88", ("75", "90"))
     assert library.parent.name.startswith(f"{key}-") and build.without_cuda(library) is None
     subprocess.run([sys.executable, "-c", LOADED, str(library)], cwd=ROOT, check=True)
     compiled = [line for line in (toolkit_home / "calls").read_text().splitlines() if " -c " in line]
     assert len(compiled) == 1 and "-gencode=arch=compute_75,code=sm_75" in compiled[0]
 
-    monkeypatch.setattr(build, "device_archs", lambda: [90])  # what is there serves this GPU
+    monkeypatch.setattr(nvcc, "device_archs", lambda: [90])  # what is there serves this GPU
     assert build.library() == library
     monkeypatch.setenv("CUDA_HOME", "/no/where")  # nvcc is gone, the kernels stay
     assert build.library() == library
     monkeypatch.setenv("CUDA_HOME", str(toolkit_home))
     fake_nvcc(toolkit_home, codes="70 75 80 90 100 120")
-    monkeypatch.setattr(build, "device_archs", lambda: [70, 90])  # nothing there serves the older one
+    monkeypatch.setattr(nvcc, "device_archs", lambda: [70, 90])  # nothing there serves the older one
     assert build.made_from(build.library()).archs == ("70", "90")
 
 
@@ -112,6 +113,39 @@ def test_a_failing_nvcc_leaves_the_cpu_kernels_and_says_so_in_one_line(
     assert build.library() == library and (toolkit_home / "calls").read_text().count(" -c ") == calls  # not again
     monkeypatch.setenv("NVCC_CCBIN", "g++-13")  # the fix: that is another build
     assert build.without_cuda(build.library()) is None
+
+
+@pytest.mark.parametrize(
+    "ending", ["kill -9 $$", "exit 130", "echo nvcc error: 'cicc' died due to signal 9 >&2; exit 9", NO_ROOM]
+)
+def test_an_interrupted_nvcc_is_not_remembered_as_one_that_fails(
+    sources: Path, toolkit_home: Path, ending: str
+) -> None:
+    whole = (toolkit_home / "bin/nvcc").read_text()
+    broken = whole.replace("\ncase ", f'\ncase "$*" in *" -c "*) {ending} ;; esac\ncase ', 1)
+    assert broken != whole
+    (toolkit_home / "bin/nvcc").write_text(broken)
+    with pytest.raises(build.InterruptedBuildError, match=r"nvcc did not finish .*cuda\.cu") as caught:
+        build.library()
+    assert "MAX_JOBS=1" in caught.value.fix and not list(build.cache_folder().glob("*/build.json"))
+    (toolkit_home / "bin/nvcc").write_text(whole)
+    assert build.made_from(build.library()).archs == ("75", "90")
+
+
+def test_without_a_gpu_the_cpu_kernels_that_are_there_are_taken(
+    sources: Path, toolkit_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvcc, "device_archs", list)
+    library = build.library()
+    assert library.parent.name == build.build_key(sources) and not build.made_from(library).archs
+    installed = Path(shutil.copy(library, tmp_path / "_C.so"))
+    monkeypatch.setattr(build, "AT_INSTALL", installed)
+    assert build.library() == installed
+    assert " -c " not in (toolkit_home / "calls").read_text(), "nothing is compiled for a GPU that is not here"
+    why = build.without_cuda(installed)
+    assert why is not None and "no NVIDIA GPU is here" in why.reason and "TORCH_CUDA_ARCH_LIST" in why.fix
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")  # for another machine
+    assert build.made_from(build.library()).archs == ("90",)
 
 
 def test_an_error_in_the_cpu_kernels_is_none_of_nvcc(sources: Path) -> None:

@@ -16,6 +16,7 @@ import yaml
 from cli_parts import call, train_tiny, write_config
 
 import ultrazoo
+from ultrazoo.cli.use import _shown
 from ultrazoo.config import load_config
 
 Capture = pytest.CaptureFixture[str]
@@ -135,6 +136,42 @@ def test_encode_takes_texts_a_file_or_a_pipe(run: Path, capsys: Capture, tmp_pat
     assert [record["text"] for record in records] == ["the king", "la reina"]
     assert [f"{value:.6g}" for value in records[0]["vector"]] == expected.splitlines()[0].split()
     assert call("encode", run, "the king", "--file", tmp_path / "lines.txt") == 2
+
+
+def test_a_bad_line_of_a_file_is_reported_and_the_others_are_encoded(
+    run: Path, capsys: Capture, tmp_path: Path
+) -> None:
+    assert call("encode", run, "the king", "la reina", "") == 0
+    expected = capsys.readouterr().out
+    (tmp_path / "lines.txt").write_bytes(b"\xef\xbb\xbfthe king\r\nni\xf1o\nla reina\n\n\xff")
+    assert call("encode", run, "--file", tmp_path / "lines.txt") == 1
+    out, err = capsys.readouterr()
+    assert out == expected
+    assert "lines.txt: line 2: got byte 0xF1, which is not UTF-8, at character 2" in err
+    assert "line 5: got byte 0xFF" in err and "error: " in err and "2 text(s) skipped" in err
+    assert "Traceback" not in err and "line 1:" not in err
+    command = [sys.executable, "-m", "ultrazoo", "encode", str(run), "--json"]
+    piped = (tmp_path / "lines.txt").read_bytes()
+    done = subprocess.run(command, input=piped, capture_output=True, check=False)
+    assert done.returncode == 1 and b"standard input: line 2: got byte 0xF1" in done.stderr
+    assert [json.loads(line)["text"] for line in done.stdout.splitlines()] == ["the king", "la reina", ""]
+    assert call("encode", run, "the king", "\udcff", "la reina", "") == 1
+    out, err = capsys.readouterr()
+    assert out == expected and "text 2: got byte 0xFF" in err
+
+
+def test_words_are_shown_bare_and_what_continues_one_after_signs() -> None:
+    shown = [_shown(token) for token in (" king", "ing", " ", "\n", ",", "天", "ก", "<0xE2>", "[PAD]", "5")]
+    assert shown == ["king", "##ing", "' '", "'\\n'", ",", "天", "ก", "<0xE2>", "[PAD]", "##5"]
+
+
+@pytest.mark.parametrize("command", ["fill-mask", "encode", "train", "bench", "parity", "bench quality"])
+def test_an_unknown_device_is_a_wrong_call(command: str, run: Path, tmp_path: Path, capsys: Capture) -> None:
+    subject = {"train": write_config(tmp_path), "bench": "retention", "parity": "retention", "bench quality": "mamba"}
+    text = ["the [MASK]"] if command in ("fill-mask", "encode") else []
+    assert call(*command.split(), subject.get(command, run), *text, "--device", "gpu") == 2
+    err = capsys.readouterr().err
+    assert "got 'gpu', expected one of auto, cpu, cuda, cuda:N, mps" in err and "Traceback" not in err
 
 
 def test_plot_writes_a_picture(run: Path, capsys: Capture, tmp_path: Path) -> None:

@@ -30,6 +30,14 @@ def problems(tmp_path, text, *overrides):
     return str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "text", [SMALL, "# a comment\n" + SMALL, "---\n" + SMALL, '"model_class": frankenstein\n' + SMALL]
+)
+def test_a_byte_order_mark_at_the_start_is_skipped(tmp_path, text):
+    expected = load_config(write(tmp_path, text)).config
+    assert load_config(write(tmp_path, "\ufeff" + text)).config == expected
+
+
 def test_every_problem_of_a_file_is_shown_at_once(tmp_path):
     text = (
         "model:\n  num_headz: 4\n  hidden_size: wide\n  dropout: 1.5\ntraining:\n  batch_size: 0\n  learning_rat: 1\n"

@@ -9,7 +9,7 @@ import pytest
 from data_files import TOKENIZER
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from ultrazoo.data.masking import Masker, WordTable, word_table
+from ultrazoo.data.masking import Masker, WordRule, word_table
 from ultrazoo.data.randomness import draws, key
 from ultrazoo.data.tokenizer import Vocabulary, read_vocabulary
 from ultrazoo.errors import ConfigError
@@ -72,7 +72,7 @@ def test_ids_of_four_bytes_and_rows_without_targets_work() -> None:
     assert (labels == -100).all() and (inputs == 3).all()
 
 
-def words_of(tokenizer: Tokenizer, table: WordTable, text: str) -> list[str]:
+def words_of(tokenizer: Tokenizer, table: WordRule, text: str) -> list[str]:
     """Cut a text into words as a table sees them."""
     encoding = tokenizer.encode(text)
     ids = np.array([encoding.ids])
@@ -91,7 +91,7 @@ def test_words_of_byte_level_bpe() -> None:
     expected = ["[CLS]", "The", "kingdom", ",", "of", '"', "Nabucodonosor", '"--', "niÃ±o", ";", "1909", "."]
     found = words_of(tokenizer, table, text)
     assert found[: len(expected)] == expected
-    assert len(found) == len(expected) + 2 and found[-1] == "[SEP]"
+    assert found[-1] == "[SEP]" and len(found) == len(expected) + 3  # a word per sign
 
 
 def _vocabulary(tokenizer: Tokenizer, folder: Path) -> Vocabulary:

@@ -6,14 +6,17 @@ import math
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from data_files import build, make_texts, originals, write
+from data_files import build, make_texts, originals, settings, write
 
-from ultrazoo.data import Batch, DataModule
+from ultrazoo.data import Batch, DataModule, build_data
 from ultrazoo.data.progress import Progress, duration
+from ultrazoo.data.sources import Span
+from ultrazoo.revisions import RULES, current_revisions
 
 ROWS = 300
 
@@ -135,6 +138,35 @@ def test_unigram_entropy_by_hand(tmp_path: Path) -> None:
     assert build(tmp_path, stream_local_parquet=True, prefer_local_cache=False).unigram_entropy == pytest.approx(
         by_hand
     )
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_unigram_statistics_exclude_held_out_rows(folder: Path, streaming: bool) -> None:
+    options = {"stream_local_parquet": streaming, "prefer_local_cache": not streaming, "dataset_batch_size": 1024}
+    data = build(folder, **options)
+    units = [Span(unit, 0, rows) for unit, rows in enumerate(data.source.unit_rows.tolist())]
+    ids = {held: data.store.read(units, held_out=held).documents.compact().ids for held in (False, True)}
+    counts = {held: np.bincount(part, minlength=data.vocabulary.size) for held, part in ids.items()}
+    assert len(ids[True]) > 100
+    assert np.array_equal(data.unigram_counts, counts[False])
+    old = build(folder, **options)
+    old.revisions = {**current_revisions(), "unigram_counts": 1}
+    assert np.array_equal(old.unigram_counts, counts[False] + counts[True])
+
+
+def test_validation_masks_at_its_own_rate(folder: Path) -> None:
+    def labels(**changes: Any) -> torch.Tensor:
+        return torch.cat([batch.labels for batch in build(folder, **changes).validation_batches()])
+
+    fixed = labels(mlm_probability=0.5)
+    assert torch.equal(fixed, labels(mlm_probability=0.15)) and torch.equal(fixed, labels())
+    data = build(folder)
+    tokens = sum(batch.num_tokens - 2 * len(originals(batch)) for batch in data.validation_batches())
+    assert abs(int((fixed != -100).sum()) / tokens - 0.15) < 0.03
+    assert int((labels(eval_mlm_probability=0.5) != -100).sum()) > 2 * int((fixed != -100).sum())
+    old = build_data(settings(folder, mlm_probability=0.5), 8192, print, revisions=dict.fromkeys(RULES, 1))
+    following = torch.cat([batch.labels for batch in old.validation_batches()])
+    assert torch.equal(following, labels(eval_mlm_probability=0.5))
 
 
 def test_whole_words_and_mask_probability_act(folder: Path) -> None:

@@ -80,6 +80,12 @@ def test_a_given_tokenizer_is_used_without_its_truncation_and_padding(tmp_path: 
     assert own.stats["tokens"] == plain.stats["tokens"]
 
 
+def test_a_byte_order_mark_before_a_tokenizer_is_no_part_of_it(tmp_path: Path) -> None:
+    content = Path(TOKENIZER).read_bytes()
+    (tmp_path / "own.json").write_bytes(b"\xef\xbb\xbf" + content)
+    assert read_vocabulary(tmp_path / "own.json", 8192, "test").sha256 == hashlib.sha256(content).hexdigest()
+
+
 def test_other_names_and_ids_of_special_tokens_are_found(tmp_path: Path) -> None:
     vocab = {"<s>": 0, "<pad>": 1, "</s>": 2, "a": 3, "<mask>": 4}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="a"))

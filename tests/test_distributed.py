@@ -28,6 +28,7 @@ from ultrazoo.train.verify import verify_run
 MODEL = {"vocab_size": 8192, "hidden_size": 16, "num_layers": 2, "num_loops": 2, "num_heads": 2, "retention_heads": 2}
 MODEL |= {"ffn_hidden_size": 16, "dropout": 0.0, "layer_pattern": ["retnet", "titan_attn"], "use_moe": True}
 TRAINING: dict[str, Any] = {"batch_size": 5, "gradient_accumulation_steps": 2, "max_length": 32, "max_steps": 4}
+TRAINING |= {"exact_balance_loss": True}
 TRAINING |= {"device": "cpu", "num_threads": 1, "kernels": "reference", "max_samples": 300, "dataset_batch_size": 64}
 TRAINING |= {"log_every_n_steps": 1, "eval_every_n_steps": 2, "eval_max_batches": 2, "checkpoint_every_n_steps": 2}
 TRAINING |= {"learning_rate": 1e-2, "log_gradient_stats": True, "gradient_log_interval": 2, "on_nan": "stop"}

@@ -31,4 +31,4 @@ def test_every_fault_of_the_list_is_there_or_named_as_another_scripts() -> None:
     command = [sys.executable, "-m", "faults", "--list"]
     listed = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, check=True).stdout
     numbers = {int("".join(filter(str.isdigit, line.split()[0]))) for line in listed.splitlines()}
-    assert numbers == set(range(1, 34))
+    assert numbers == set(range(1, 39))

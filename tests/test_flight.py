@@ -110,6 +110,8 @@ def test_another_dtype_that_avoids_the_fault_says_what_it_comes_with(record: Pat
     assert done.seen.finite
     assert done.verdict.startswith("finite (reference kernels, float64, cpu): loss 3.")
     assert done.verdict.endswith("so the fault comes with float32")
+    with pytest.raises(ConfigError, match=r"got '', expected one of auto, cpu, cuda, cuda:N, mps"):
+        replay(record, device="")
     again = replay(record, dtype="bfloat16", kernels="auto")
     assert "dtype make no difference" in again.verdict
 

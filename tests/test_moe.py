@@ -65,9 +65,10 @@ def dense(moe: MoE, x: Tensor, segments: Tensor | None) -> tuple[Tensor, dict[st
             visits += F.one_hot(experts, E).sum(0)
             probs.append(p)
             z.append((moe.router.weight @ x[b, t]).logsumexp(0) ** 2)
-    load = visits / visits.sum()
+    load, mean_prob = visits / visits.sum(), coef_balance * E * torch.stack(probs).mean(0)
     aux = {
-        "moe_balance_loss": coef_balance * E * (load * torch.stack(probs).mean(0)).sum(),
+        "moe_balance_loss": (load * mean_prob).sum(),
+        "moe_balance_factors": torch.stack((load, mean_prob)),
         "moe_z_loss": coef_z * torch.stack(z).mean(),
         "moe_load": load,
     }

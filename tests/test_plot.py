@@ -40,6 +40,10 @@ def test_a_last_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     assert len(read_metrics(write(tmp_path, record(1, 6.0), '{"step": 2, "lo'))) == 1
 
 
+def test_a_byte_order_mark_at_the_start_is_skipped(tmp_path: Path) -> None:
+    assert len(read_metrics(write(tmp_path, "\ufeff" + json.dumps(record(1, 6.0)), record(2, 5.0)))) == 2
+
+
 def test_a_damaged_line_in_the_middle_is_an_error_with_its_number(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: got 'oops'"):
         read_metrics(write(tmp_path, record(1, 6.0), "oops", record(2, 5.0)))

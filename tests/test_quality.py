@@ -233,6 +233,8 @@ def test_the_command_prints_writes_draws_and_takes_up_where_it_stopped(
     names = [(row["name"], row["task"]) for row in found]
     assert names == list(itertools.product(["blind", "standard_attn"], ["copy:2", "markov:1"]))
     assert [(row.name, row.task) for row in read(rows)] == names
+    rows.write_text(rows.read_text(), encoding="utf-8-sig")
+    assert [(row.name, row.task) for row in read(rows)] == names
     assert found[0]["kind"] == "quality" and found[0]["machine"]["threads"] == 1
     assert drawing.read_bytes().startswith(b"\x89PNG") and drawing.stat().st_size > 10_000
 

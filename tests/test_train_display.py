@@ -154,3 +154,12 @@ def test_the_interrupt_handler_of_before_is_back_after_a_run() -> None:
     with SignalGuard():
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_record_and_a_table_without_targets_say_so() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    make_display(console, 100).record(RECORD | {"loss": None}, 0.2, 83.0)
+    console.print(final_table(RESULT | {"validation_loss": None, "validation_perplexity": None}))
+    line, *table = shown(console).splitlines()
+    assert line.startswith("step 20/100 loss none (no targets) lr 3.00e-04")
+    assert any("validation loss" in row and "none (no targets)" in row for row in table)

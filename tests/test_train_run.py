@@ -180,7 +180,7 @@ def test_relative_paths_mean_what_they_meant_where_the_run_began(
         train(config, run_dir=run, console=console)
         kept = load_config(run / "config.yaml").config
         assert kept == load_config(run / "checkpoints/step-000004/config.yaml").config
-        assert kept.training.cache_dir == str(work / "cache") and kept.training.output_dir == str(work / "out")
+        assert kept.training.cache_dir == str(work / "cache") and kept.training.output_dir == str(work / run)
         assert train(config, run_dir=run, resume="auto", console=console)["steps"] == 4, "from the same folder"
         monkeypatch.chdir(elsewhere)
         longer = load_config(work / run / "config.yaml", ["training.max_steps=8"]).config

@@ -117,6 +117,16 @@ def test_what_cannot_be_repeated_is_refused_with_the_reason(run: Path, tmp_path:
         verify_run(run)
 
 
+def test_a_field_that_an_earlier_version_lacked_has_its_default_there(run: Path) -> None:
+    for step in (3, 6):
+        path = run / f"checkpoints/step-{step:06d}/config.yaml"
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if "eval_mlm_probability" not in line))
+        reseal(path.parent)
+    found = verify_run(run)
+    assert found is not None and (found.start, found.first_difference) == ("step-000006", None)
+
+
 def test_resume_goes_on_with_the_runs_own_config(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("resume", run, "--set", "training.max_steps=10") == 0
     assert (run / "checkpoints/latest").read_text() == "step-000010\n"

@@ -21,6 +21,16 @@ class ConfigError(UltrazooError):
     exit_code = 2
 
 
+class ArgumentError(UltrazooError, ValueError):
+    """An argument of a function is out of bounds."""
+
+    exit_code = 2
+
+
+class ArgumentTypeError(ArgumentError, TypeError):
+    """An argument of a function has another type than documented."""
+
+
 class UnknownNameError(ConfigError):
     """A block, op, preset or field name is not known."""
 

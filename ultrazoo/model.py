@@ -37,6 +37,9 @@ class MaskedLMOutput:
     """Auxiliary losses, coefficient included, each a mean over layers and loops."""
     stats: Aux = field(default_factory=dict)
     """Detached statistics of the feed-forwards: (num_layers, ...), each a mean over loops."""
+    factors: Aux = field(default_factory=dict)
+    """Losses that are products, by name: (num_loops num_layers, 2, K), one mean over tokens without a gradient and one
+    with; the loss is their product, summed over K."""
 
 
 class EncoderLayer(nn.Module):
@@ -148,10 +151,10 @@ class MaskedLM(nn.Module):
                 None means that every row is one full document.
             labels: (B, L) int64, -100 where there is no target.
         """
-        hidden, losses, stats = self._encode(input_ids, segments)
+        hidden, *aux = self._encode(input_ids, segments)
         table = self.embeddings.get_parameter("tokens.weight")
         if labels is None:
-            return MaskedLMOutput(hidden, self.head(hidden, table), losses=losses, stats=stats)
+            return MaskedLMOutput(hidden, self.head(hidden, table), None, 0, *aux)
         targets = labels.reshape(-1)
         places = targets.ne(IGNORED).nonzero().squeeze(1)  # (M,)
         count = places.numel()
@@ -161,9 +164,9 @@ class MaskedLM(nn.Module):
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         wanted = F.pad(targets.index_select(0, places), (0, extra), value=IGNORED)
         loss_sum = F.cross_entropy(wide, wanted, ignore_index=IGNORED, reduction="sum")
-        return MaskedLMOutput(hidden, logits[:count], loss_sum, count, losses, stats)
+        return MaskedLMOutput(hidden, logits[:count], loss_sum, count, *aux)
 
-    def _encode(self, input_ids: Tensor, segments: Tensor | None) -> tuple[Tensor, Aux, Aux]:
+    def _encode(self, input_ids: Tensor, segments: Tensor | None) -> tuple[Tensor, Aux, Aux, Aux]:
         if segments is not None and segments.shape != input_ids.shape:
             raise ValueError(
                 f"segments: got shape {tuple(segments.shape)}, expected that of input_ids {tuple(input_ids.shape)}"
@@ -176,8 +179,7 @@ class MaskedLM(nn.Module):
                 x, aux = layer(x, segments)
                 seen.append(aux)
         x = x if self.final_norm is None else self.final_norm(x)
-        losses, stats = _gather(seen, self.config.num_layers)
-        return mask_padding(x, segments), losses, stats
+        return mask_padding(x, segments), *_gather(seen, self.config.num_layers)
 
 
 def build_model(config: ModelConfig) -> MaskedLM:
@@ -241,13 +243,15 @@ def _block(config: ModelConfig, kind: str, name: str, position: int | None = Non
     return spec.module(block_config(spec, config, position))
 
 
-def _gather(seen: list[Aux], num_layers: int) -> tuple[Aux, Aux]:
-    """Join the auxiliary values of the layers, met loop after loop: means of losses, statistics layer by layer."""
-    losses, stats = {}, {}
+def _gather(seen: list[Aux], num_layers: int) -> tuple[Aux, Aux, Aux]:
+    """Join the auxiliary values of the layers, met loop after loop: losses, statistics, factors."""
+    losses, stats, factors = {}, {}, {}
     for key in seen[0]:
         values = torch.stack([aux[key] for aux in seen])  # (num_loops num_layers, ...)
         if key.endswith("_loss"):
             losses[key] = values.mean()
+        elif key.endswith("_factors"):
+            factors[key.removesuffix("_factors") + "_loss"] = values
         else:
             stats[key] = values.detach().unflatten(0, (-1, num_layers)).mean(0)
-    return losses, stats
+    return losses, stats, factors

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import operator
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ultrazoo.arguments import file_path
 from ultrazoo.errors import DataError
+from ultrazoo.train.durable import move_aside, odd_kind, require_file, write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+log = logging.getLogger("ultrazoo")
+
 Record = dict[str, Any]
+PICTURE = "training.png"
+"""Name of the picture in a run folder."""
+MARK = "ultrazoo plot"
+HEAD_BYTES = 1024
 PANELS = {
     "lr": "learning rate",
     "grad_norm": "gradient norm, before clipping",
@@ -21,7 +32,7 @@ PANELS = {
 }
 
 
-def read_metrics(run_dir: Path) -> list[Record]:
+def read_metrics(run_dir: str | Path) -> list[Record]:
     """Return the records of a run in the order of their steps.
 
     Where a resumed run repeated steps, the later record of each counts. A last line that was cut off while it was being
@@ -29,10 +40,12 @@ def read_metrics(run_dir: Path) -> list[Record]:
 
     Raises:
         DataError: There is no metrics.jsonl, a line is not a record, or there is none.
+        ArgumentError: ``run_dir`` is no path.
     """
-    path = run_dir / "metrics.jsonl"
+    path = file_path("run_dir", run_dir) / "metrics.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        require_file(path)
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read: {error.strerror}; expected the folder of a run, such as runs/embbert"
@@ -57,16 +70,18 @@ def series(records: Sequence[Record], name: str) -> tuple[list[int], list[float]
     return [step for step, _ in found], [float(value) for _, value in found]
 
 
-def plot_run(run_dir: Path, output: Path) -> Path:
+def plot_run(run_dir: str | Path, output: str | Path) -> Path:
     """Draw loss, learning rate, gradient norm and tokens per second over the steps of a run to a PNG.
 
     Args:
         run_dir: The run folder.
-        output: File to write.
+        output: File to write; only a picture that was drawn here is replaced.
 
     Raises:
-        DataError: The run has no records, or the file cannot be written.
+        DataError: The run has no records, or the file cannot be written or is another.
+        ArgumentError: ``run_dir`` or ``output`` is no path.
     """
+    run_dir, output = file_path("run_dir", run_dir), file_path("output", output)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -84,11 +99,36 @@ def plot_run(run_dir: Path, output: Path) -> Path:
         axis.grid(alpha=0.3)
     for axis in axes[1]:
         axis.set_xlabel("step")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png", metadata={"Software": MARK})
     try:
-        figure.savefig(output, dpi=120, format="png")
+        if os.path.lexists(output) and not _is_own(output):
+            _make_room(run_dir, output)
+        write_bytes(output, picture.getvalue())
     except OSError as error:
         raise DataError(f"{output}: cannot be written: {error.strerror or error}; choose another --output") from error
     return output
+
+
+def _is_own(path: Path) -> bool:
+    """Return whether a file is a picture that ``plot_run`` drew."""
+    if odd_kind(path):
+        return False
+    with path.open("rb") as file:
+        return f"Software\0{MARK}".encode() in file.read(HEAD_BYTES)
+
+
+def _make_room(run_dir: Path, output: Path) -> None:
+    """Move a picture that an earlier version drew in a run folder aside.
+
+    Raises:
+        DataError: The file is elsewhere, and may be anything.
+    """
+    if output != run_dir / PICTURE:
+        raise DataError(
+            f"{output}: exists already and was not drawn by ultrazoo plot; remove it, or choose another --output"
+        )
+    log.warning("%s: was not drawn by this version; kept as %s", output, move_aside(output).name)
 
 
 def _draw_losses(axis: Axes, records: Sequence[Record]) -> None:

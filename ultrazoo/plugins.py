@@ -9,6 +9,7 @@ import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ultrazoo.distributions import UNKNOWN, name_and_version
 from ultrazoo.hookspecs import PROJECT
 from ultrazoo.offers import OutdatedError, api_of, offers_of
 from ultrazoo.spec import BlockSpec, OpSpec, PresetSpec
@@ -89,7 +90,7 @@ def load_plugins() -> list[Plugin]:
     owners: dict[str, Plugin] = {}
     loaded = []
     for plugin, entry in sorted(found, key=lambda pair: (not pair[0].built_in, pair[0].distribution, pair[0].name)):
-        done = plugin if plugin.disabled else _load(plugin, entry, owners)
+        done = plugin if plugin.disabled or plugin.reason else _load(plugin, entry, owners)
         owners |= {_namespace(op): done for op in done.ops}
         loaded.append(done)
     return loaded
@@ -101,12 +102,11 @@ def disabled_names() -> set[str]:
 
 
 def _describe(entry: importlib.metadata.EntryPoint) -> tuple[Plugin, importlib.metadata.EntryPoint]:
-    plugin = Plugin(
-        name=entry.name,
-        distribution=entry.dist.name if entry.dist else "unknown",
-        version=entry.dist.version if entry.dist else "unknown",
-        module=entry.value,
-    )
+    known = name_and_version(entry.dist) if entry.dist else (UNKNOWN, UNKNOWN)
+    home, version = known or (entry.value.partition(":")[0].partition(".")[0], UNKNOWN)
+    again = f"its installation has no METADATA; install the distribution that has the module {home} again"
+    reason = None if known else again
+    plugin = Plugin(name=entry.name, distribution=home, version=version, module=entry.value, reason=reason)
     named = disabled_names() & {"all", plugin.name, plugin.distribution}
     return replace(plugin, disabled=bool(named) and not plugin.built_in), entry
 

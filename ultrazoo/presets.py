@@ -16,6 +16,6 @@ def built_in() -> list[PresetSpec]:
 
 
 def _summary(path: Path) -> str:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         comments = (line[1:].strip() for line in file if line.startswith("#") and "yaml-language-server" not in line)
         return next(comments, "")

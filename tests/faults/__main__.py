@@ -30,11 +30,11 @@ import ultrazoo.cli
 import ultrazoo.core
 import ultrazoo.train.run
 import ultrazoo.train.verify  # noqa: F401
-from faults import fuzz, kills, numbers, signalled, stored, texts_read
+from faults import folders, fuzz, kills, numbers, signalled, stored, streams, texts_read
 from faults.parts import Bench
 from faults.registry import DISTRIBUTED, FAULTS, Fault, Result, as_dict, bring
 
-MODULES = (kills, stored, texts_read, signalled, numbers, fuzz)
+MODULES = (kills, stored, texts_read, signalled, streams, folders, numbers, fuzz)
 
 
 def main() -> int:

@@ -30,7 +30,7 @@ class Change:
     ceiling_ratio: float
     """The same of the matrix product that was measured beside them."""
     verdict: str
-    """``faster`` or ``slower`` where the quartiles do not overlap, else ``within the spread``."""
+    """``faster`` or ``slower`` where the quartiles do not overlap, else ``within the spread``; or ``too noisy``."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -83,5 +83,5 @@ def _change(old: Row, new: Row) -> Change:
         after_s=new.median_s,
         ratio=new.median_s / old.median_s,
         ceiling_ratio=old.gemm_gflops / new.gemm_gflops,
-        verdict=verdict,
+        verdict="too noisy" if old.is_noisy or new.is_noisy else verdict,
     )

@@ -13,6 +13,8 @@ from ultrazoo.errors import DataError
 from ultrazoo.spec import Cost
 
 SCHEMA_VERSION = 1
+NOISY = 0.25
+"""Half the distance of the quartiles over the median, above which a time is too noisy to use."""
 Kind = Literal["op", "block", "model"]
 Direction = Literal["forward", "forward + backward", "training step"]
 
@@ -61,6 +63,10 @@ class Row:
     """1024-cubed matrix product in the dtype, median over the same rounds."""
     copy_gbytes: float
     """Copy of 64 MiB, bytes read and written in GB/s, median over the same rounds."""
+    gemm_spread: float | None = None
+    """Of the time of that product, as ``spread``; None in files of before it was kept."""
+    copy_spread: float | None = None
+    """Of the time of that copy."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -87,9 +93,19 @@ class Row:
         """Half the distance of the quartiles, as a share of the median."""
         return (self.q3_s - self.q1_s) / 2 / self.median_s
 
+    @property
+    def is_noisy(self) -> bool:
+        """True when the time differs too much between the rounds to be used."""
+        return self.spread > NOISY
+
+    @property
+    def has_noisy_ceiling(self) -> bool:
+        """True when the time, or that of a ceiling, differs too much for the shares of the ceilings to be used."""
+        return max(self.spread, self.gemm_spread or 0.0, self.copy_spread or 0.0) > NOISY
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data: the fields and what follows from them."""
-        derived = ("tokens_per_s", "gflops", "gbytes", "gemm_percent", "copy_percent")
+        derived = ("tokens_per_s", "gflops", "gbytes", "gemm_percent", "copy_percent", "is_noisy", "has_noisy_ceiling")
         return {"schema_version": SCHEMA_VERSION, **asdict(self), **{name: getattr(self, name) for name in derived}}
 
 
@@ -115,7 +131,7 @@ def read_rows(path: Path) -> list[Row]:
         DataError: The file cannot be read, or a line is not a row of this schema version.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}; expected a file that --output wrote") from error
     return [_row(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
@@ -129,7 +145,7 @@ def _row(line: str, where: str) -> Row:
             raise DataError(
                 f"{where}: got schema_version {version}, expected {SCHEMA_VERSION}; measure again with this ultrazoo"
             )
-        values = {name: data[name] for name in Row.__dataclass_fields__}
+        values = {name: data[name] for name in Row.__dataclass_fields__ if name in data}
         return Row(**{**values, "machine": Machine(**values["machine"])})
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{where}: got {line[:80]!r}, expected a row that --output wrote: {error!r}") from error

@@ -12,6 +12,7 @@ from ultrazoo.bench.ops import bench_op, family_of, length_of
 from ultrazoo.bench.session import Bench
 from ultrazoo.config import load_config
 from ultrazoo.errors import ConfigError, UnknownNameError
+from ultrazoo.ops import prepare, prepare_blocks
 from ultrazoo.registry import registry
 from ultrazoo.spec import BlockSpec, OpSpec
 
@@ -37,6 +38,16 @@ def find(name: str) -> OpSpec | BlockSpec | str:
     if name in zoo.presets() or name.endswith((".yaml", ".yml")):
         return name
     raise UnknownNameError("bench", name, [*(op.partition("::")[2] for op in zoo.ops()), *blocks, *zoo.presets()])
+
+
+def prepare_for(what: OpSpec | BlockSpec | str) -> None:
+    """Load or compile the kernels of what ``find`` returned, before anything is measured."""
+    if isinstance(what, OpSpec):
+        prepare([what.name])
+    elif isinstance(what, BlockSpec):
+        prepare_blocks([what])
+    else:
+        prepare_blocks(registry().block(*used) for used in load_config(what).config.model.blocks_used)
 
 
 def require_lengths(what: OpSpec | BlockSpec | str, lengths: Sequence[int] | None) -> None:

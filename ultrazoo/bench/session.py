@@ -96,13 +96,16 @@ class Bench:
         cases = {**{name: case for name, (case, _) in limits.items()}, **ways}
         timings = interleave(cases, self.device, seconds=self.seconds, clock=self.clock)
         gemm, copy = (limits[name][1] / timings[name].median / 1e9 for name in (GEMM, COPY))
-        rows = [self._row(task, name, timings[name], gemm, copy) for name in ways]
+        rows = [self._row(task, name, timings, gemm, copy) for name in ways]
         for row in rows:
             self._known.setdefault((family, row.backend), []).append(row)
         self.rows += rows
         return rows
 
-    def _row(self, task: Task, backend: str, timing: Timing, gemm_gflops: float, copy_gbytes: float) -> Row:
+    def _row(
+        self, task: Task, backend: str, timings: Mapping[str, Timing], gemm_gflops: float, copy_gbytes: float
+    ) -> Row:
+        timing = timings[backend]
         return Row(
             machine=self.machine,
             kind=task.kind,
@@ -126,6 +129,8 @@ class Bench:
             bytes=task.cost.bytes if task.cost else None,
             gemm_gflops=gemm_gflops,
             copy_gbytes=copy_gbytes,
+            gemm_spread=timings[GEMM].spread,
+            copy_spread=timings[COPY].spread,
         )
 
     def _bearable(self, task: Task, family: str, backend: str) -> bool:

@@ -7,15 +7,22 @@ from dataclasses import dataclass
 
 from ultrazoo.bench.compare import Change
 from ultrazoo.bench.crossover import Panel, panels
-from ultrazoo.bench.records import Row
+from ultrazoo.bench.records import NOISY, Row
 
+MARK = "!"
+NOISE = (
+    f"!: too noisy to use: ± of the time, or of its ceiling, is over {NOISY:.0%}; run again when the machine is free, "
+    "or with --threads 1 --cpu-time."
+)
 LEGEND = (
     "±: half the distance of the quartiles. x: times the time of the first backend. MiB: what a call adds at its peak."
+    f"\n{NOISE}"
 )
 LEGEND_OVER_LENGTH = (
     "Thousand tokens per second at L tokens a row and B rows, "
     "± half the distance of the quartiles, x the time of the first backend.\n"
-    "MiB: what a call adds at its peak, in the order of the backends. GFLOP/s and the share of GEMM: of the first."
+    "MiB: what a call adds at its peak, in the order of the backends. GFLOP/s and the share of GEMM: of the first.\n"
+    + NOISE
 )
 
 
@@ -59,7 +66,7 @@ def over_length(panel: Panel) -> Table:
         cell += [_speed(found[name], lead) if name in found else "" for name in names]
         cell += [" / ".join(_mib(found[name]) if name in found else "-" for name in names)]
         if has_flops:
-            cell += [_number(lead.gflops), _percent(lead.gemm_percent)] if lead else ["", ""]
+            cell += [_number(lead.gflops), _share(lead.gemm_percent, lead)] if lead else ["", ""]
         cells.append(cell)
     return Table(
         f"{panel.title}, {first[0].dtype}",
@@ -72,7 +79,11 @@ def over_length(panel: Panel) -> Table:
 
 def _speed(row: Row, lead: Row | None) -> str:
     ratio = "" if lead is None or lead is row else f" x{row.median_s / lead.median_s:.2f}"
-    return f"{row.tokens_per_s / 1e3:>7,.1f} ±{100 * row.spread:>2.0f}%{ratio:>7}".rstrip()
+    return f"{row.tokens_per_s / 1e3:>7,.1f} {_spread(row, 2)}{ratio:>7}".rstrip()
+
+
+def _spread(row: Row, width: int = 0) -> str:
+    return f"±{100 * row.spread:>{width}.0f}%{MARK if row.is_noisy else ''}"
 
 
 def listing(rows: Sequence[Row]) -> Table:
@@ -85,13 +96,14 @@ def listing(rows: Sequence[Row]) -> Table:
     for row in rows:
         is_lead = row.sample not in leads
         lead = leads.setdefault(row.sample, row)
-        cost = [_number(row.gflops), _percent(row.gemm_percent), _number(row.gbytes), _percent(row.copy_percent)]
+        gemm, copy = _share(row.gemm_percent, row), _share(row.copy_percent, row)
+        cost = [_number(row.gflops), gemm, _number(row.gbytes), copy]
         cells.append(
             [
                 row.sample if is_lead else "",
                 row.backend,
                 _milliseconds(row.median_s),
-                f"{100 * row.spread:.0f}%",
+                _spread(row).removeprefix("±"),
                 f"{row.median_s / lead.median_s:.2f}",
                 f"{row.tokens_per_s:,.0f}",
                 *(cost if has_cost else []),
@@ -135,8 +147,8 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f}%"
+def _share(percent: float | None, row: Row) -> str:
+    return "" if percent is None else f"{percent:.0f}%{MARK if row.has_noisy_ceiling else ''}"
 
 
 def _mib(row: Row) -> str:

@@ -34,6 +34,11 @@ class Timing:
     rounds: int
     peak_bytes: int | None
 
+    @property
+    def spread(self) -> float:
+        """Half the distance of the quartiles, as a share of the median."""
+        return (self.upper - self.lower) / 2 / self.median
+
 
 def interleave(
     cases: Mapping[str, Case],

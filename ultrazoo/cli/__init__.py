@@ -9,13 +9,17 @@ from typing import Annotated
 
 import typer
 
-from ultrazoo import __version__
+from ultrazoo import __version__, output
 from ultrazoo.cli import bench, check, data, inspect, plugins, prove, replay, run, scaffold, use, zoo
 from ultrazoo.cli.console import log_to_stderr, print_error, say
 from ultrazoo.errors import UltrazooError
 
 SIGNALLED = 128
 """Exit codes above this say which signal ended a run that is whole: no error."""
+
+LONGEST_CAUSE = 400
+"""Characters of an unexpected exception that are shown."""
+TRACEBACK = "set ULTRAZOO_DEBUG=1 to see the traceback"
 
 SPINS = "1000"
 """How long a thread of libgomp waits awake for the others; read when torch loads. By default it is so long that on a
@@ -71,21 +75,35 @@ def root(
 def main() -> None:
     """Run the command line; exit 0 when it worked, 1 when it failed, 2 for a wrong call or config, 130 on Ctrl-C.
 
-    An error that the user can cure is one block of text on stderr; ``ULTRAZOO_DEBUG=1`` adds the traceback.
+    An error is one block of text on stderr; ``ULTRAZOO_DEBUG=1`` adds the traceback.
     """
+    output.install()
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     rank = os.environ.get("RANK", "0")  # set by torchrun
     who = "" if rank == "0" else f"rank {rank}: "
     log_to_stderr(quiet=bool(who))
     try:
-        app(prog_name="ultrazoo")
-    except (UltrazooError, OSError) as error:
+        try:
+            app(prog_name="ultrazoo")
+        finally:
+            sys.stdout.flush()
+    except Exception as error:
         if os.environ.get("ULTRAZOO_DEBUG", "0") not in ("", "0"):
             traceback.print_exception(error)
         code = error.exit_code if isinstance(error, UltrazooError) else 1
         if code > SIGNALLED:
             say(str(error))
-        elif str(error):  # empty: the first of many processes tells
-            print_error(f"{who}{error}")
-        sys.exit(code)
+        elif text := _message(error):
+            print_error(f"{who}{text}")
+        raise SystemExit(code) from error
+
+
+def _message(error: Exception) -> str:
+    """Return the message for the user; empty on a rank that ends because another one, which reports it, failed."""
+    if isinstance(error, UltrazooError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error}; {TRACEBACK}"
+    first = next(iter(str(error).splitlines()), "")[:LONGEST_CAUSE]
+    return f"unexpected {type(error).__name__}: {first or 'no message'}; a bug in ultrazoo or in a plugin; {TRACEBACK}"

@@ -98,18 +98,19 @@ def run(
     from ultrazoo.bench.crossover import panels
     from ultrazoo.bench.machine import describe
     from ultrazoo.bench.records import append_rows
-    from ultrazoo.bench.run import find, require_lengths
+    from ultrazoo.bench.run import find, prepare_for, require_lengths
     from ultrazoo.bench.run import run as run_bench
     from ultrazoo.bench.session import Bench
     from ultrazoo.train.runtime import keep_memory, pick_device
 
     what = find(name)
-    place = pick_device(device)
+    place = pick_device(device, "--device")
     check_clock(cpu_time, place)
     if plot is not None:
         require_lengths(what, lengths)
     if place.type == "cpu":
         keep_memory()
+    prepare_for(what)
     with use_threads(threads), show_progress() as progress:
         machine = describe(place, "cpu" if cpu_time else "wall")
         if machine.is_busy and not cpu_time:
@@ -136,6 +137,11 @@ def run(
                 append_rows(output, bench.rows)
                 say(f"appended {len(bench.rows)} rows to {output}")
     _print(bench, as_json)
+    if noisy := sum(row.has_noisy_ceiling for row in bench.rows):
+        say(
+            f"note: {noisy} of {len(bench.rows)} rows, or their ceilings, are too noisy to use; run them again when "
+            "the machine is free, or with --threads 1 --cpu-time"
+        )
     if plot is not None:
         from ultrazoo.bench.chart import draw
 

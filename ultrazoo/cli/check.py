@@ -37,10 +37,12 @@ def check(
     """
     files = [path for path in (json_file, markdown) if path is not None]
     check_folders(*(None if path == Path("-") else path for path in (json_file, markdown)))
+    from ultrazoo.ops import prepare
     from ultrazoo.testing.conformance import plan, plugins_of
     from ultrazoo.testing.conformance_report import Report, write_verdict
 
     tasks = plan(target, quick=quick)
+    prepare((task.subject for task in tasks if task.kind == "op"), packages=["ultrazoo"])
     results: list[Result] = []
     with show_progress() as progress, log_level(quiet_level()):
         for number, task in enumerate(tasks, start=1):

@@ -72,6 +72,7 @@ def _print_checkpoint(report: CheckpointReport) -> None:
         ("rows skipped", _pairs(data.get("skipped", {}))),
         *(("damaged", text) for text in [*data.get("damage", {}).values(), *data.get("damaged_files", {}).values()]),
         ("tokenizer", receipt.get("tokenizer_sha256", "-")),
+        ("rule revisions", _pairs(report.revisions)),
         ("kernel policy", receipt.get("kernel_policy", "-")),
         *((kernel["op"], _kernel(kernel)) for kernel in receipt.get("kernels", [])),
     ]

@@ -93,12 +93,15 @@ def last_check(plugin: Plugin) -> dict[str, Any]:
     """Return what the last ``ultrazoo check`` of a plugin found.
 
     Returns:
-        ``state`` is ``passed``, ``failed``, ``stale`` (made for another version), ``unreadable`` or ``not checked``;
-        beside it stands what the check wrote down.
+        ``state`` is ``passed``, ``failed``, ``stale`` (made for another version), ``unreadable`` (damaged, or others
+        can write it) or ``not checked``; beside it is what the check wrote down.
     """
+    from ultrazoo.caches import untrusted
     from ultrazoo.verdicts import verdict_path
 
     path = verdict_path(plugin.name)
+    if path.exists() and (reason := untrusted(path)):
+        return {"state": "unreadable", "path": str(path), "reason": reason}
     try:
         verdict = json.loads(path.read_text(encoding="utf-8"))
         made_for = (verdict["version"], verdict["ultrazoo"])

@@ -54,7 +54,7 @@ def parity(
     for name in dtype or ():
         if name not in DTYPES:
             raise ConfigError(f"--dtype: got {name!r}, expected one of {', '.join(DTYPES)}")
-    zoo, target = registry(), pick_device(device)
+    zoo, target = registry(), pick_device(device, "--device")
     ops, mixers = zoo.ops(), zoo.mixers()
     short = {name: name.partition("::")[2] for name in ops}
     if subject not in (*GROUPS, *ops, *short.values(), *mixers):
@@ -140,8 +140,27 @@ def _verdict(group: Iterable[Check]) -> str:
     return "ok" if all(check.ok for check in group) else "FAIL"
 
 
-def doctor(as_json: Json = False) -> None:
-    """Tell what this installation runs: torch, compiler, the kernel libraries, and each op's kernel with the reason."""
+def doctor(
+    as_json: Json = False,
+    build: Annotated[bool, typer.Option("--build", help="Compile the kernels that are missing first.")] = False,
+) -> None:
+    """Report what this installation runs: torch, compiler, the kernel libraries, and each op's kernel with the reason.
+
+    Nothing is compiled without --build: of kernels that are missing it says what would be.
+    """
+    from ultrazoo.ops.library import libraries
+    from ultrazoo.ops.loader import without_builds
+    from ultrazoo.ops.prepare import prepare_libraries
+    from ultrazoo.registry import registry
+
+    registry().ops()  # loads the plugins, which make their libraries
+    if build:
+        prepare_libraries(libraries())
+    with without_builds():
+        _report(as_json)
+
+
+def _report(as_json: bool) -> None:
     import platform
 
     import torch
@@ -193,10 +212,10 @@ def _no_cuda() -> str:
 
 def _nvcc() -> str:
     """The nvcc that a build would take now, and what it would compile for; or why there is none, and the fix."""
-    from ultrazoo.ops import build, nvcc
+    from ultrazoo.ops import build
 
     try:
-        found = build.find_cuda(nvcc.device_archs())
+        found = build.find_cuda_here()
     except build.BuildError as error:
         return f"none: {error}"
     return f"{found.nvcc} {found.version}, compiles for {' '.join(found.archs)}"

@@ -63,11 +63,12 @@ def quality(
     from ultrazoo.bench.quality import tables
     from ultrazoo.bench.quality.run import QualityBench, mixers_named
     from ultrazoo.bench.quality.tasks import DEFAULT_TASKS, find_task
+    from ultrazoo.ops import prepare_blocks
     from ultrazoo.train.runtime import keep_memory, pick_device
 
     specs = mixers_named(blocks or [])
     tasks = [find_task(text) for text in dict.fromkeys(task or DEFAULT_TASKS)]
-    place = pick_device(device)
+    place = pick_device(device, "--device")
     check_clock(cpu_time, place)
     if place.type == "cpu":
         keep_memory()
@@ -87,6 +88,7 @@ def quality(
             files.append(output, row)
         say(str(row))
 
+    prepare_blocks(specs)
     with use_threads(threads), show_progress() as progress, log_level(quiet_level()):
         bench = QualityBench(
             settings=settings,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ultrazoo.cli.console import print_json, print_table, say
+from ultrazoo.train.signals import nothing_to_save
 
 if TYPE_CHECKING:
     from ultrazoo.config import Config, LoadedConfig
@@ -66,11 +67,12 @@ def train(
     if dry_run:
         _rehearse(loaded.config, run_dir)
         return
-    from ultrazoo.train import train as train_model
-    from ultrazoo.train.profile import parse_steps
+    with nothing_to_save():
+        from ultrazoo.train import train as train_model
+        from ultrazoo.train.profile import parse_steps
 
-    steps = parse_steps(profile_steps or "20..22") if profile else None
-    train_model(loaded.config, run_dir=run_dir, resume=resume, weights_only=weights_only, profile=steps)
+        steps = parse_steps(profile_steps or "20..22") if profile else None
+        train_model(loaded.config, run_dir=run_dir, resume=resume, weights_only=weights_only, profile=steps)
 
 
 def resume(
@@ -103,9 +105,10 @@ def resume(
         raise typer.BadParameter("--steps and --json act with --verify only")
     loaded = load_config(run / "config.yaml", overrides or [])
     if not verify:
-        from ultrazoo.train import train as train_model
+        with nothing_to_save():
+            from ultrazoo.train import train as train_model
 
-        train_model(loaded.config, run_dir=run, resume="auto")
+            train_model(loaded.config, run_dir=run, resume="auto")
         return
     if overrides:
         raise typer.BadParameter("--set: has no place with --verify, which takes the steps as they were taken")
@@ -150,7 +153,7 @@ def _rehearse(config: Config, run_dir: Path) -> None:
     """Build the model, run one full row forwards and backwards on the CPU, and print what was built."""
     import torch
 
-    from ultrazoo.data.finding import find_files
+    from ultrazoo.data.finding import find_files, summary
     from ultrazoo.errors import NonFiniteError
     from ultrazoo.model import build_model, parameter_table
     from ultrazoo.train.memory import memory_told
@@ -158,7 +161,9 @@ def _rehearse(config: Config, run_dir: Path) -> None:
     from ultrazoo.train.run import require_packages
 
     require_packages(config.training)
-    files, _ = find_files(config.training.local_parquet_dir)
+    found = find_files(config.training.local_parquet_dir)
+    if found.skipped:
+        say(f"data: skipped {summary(found.skipped, found.root)}")
     with memory_told():
         torch.manual_seed(config.training.seed)
         model = build_model(config.model)
@@ -182,7 +187,7 @@ def _rehearse(config: Config, run_dir: Path) -> None:
         ("", ""),
         [
             ("run folder", str(run_dir)),
-            ("data", f"{len(files):,} file(s): {config.training.local_parquet_dir or 'the embedded corpus'}"),
+            ("data", f"{len(found.files):,} file(s): {config.training.local_parquet_dir or 'the embedded corpus'}"),
             ("optimiser", optimizer),
             ("tokens per step", f"{per_step} rows x {length} = {per_step * length:,}"),
             ("one random row", f"forwards and backwards, loss {loss.item():.2f}"),

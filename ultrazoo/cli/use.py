@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import nullcontext
+from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +29,10 @@ def fill_mask(
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of candidates for each mask.")] = False,
 ) -> None:
-    r"""Fill \[MASK] in a text: candidates with their probabilities. ## marks the inner part of a word."""
+    r"""Fill \[MASK] in a text: candidates with their probabilities.
+
+    ## marks a token that continues a word, <0xE2> a byte that is no whole character.
+    """
     from ultrazoo.inference import load
 
     filled = load(run, device).fill_mask(text, top_k)
@@ -46,8 +51,11 @@ def fill_mask(
 
 
 def _shown(token: str) -> str:
-    """A token as a person reads it: a word bare, the inner part of a word after ##, white space in quotes."""
-    return f"##{token}" if token[:1].isalnum() else token.strip() or repr(token)
+    """A token as a person reads it: a word bare, one that continues a word after ##, white space in quotes."""
+    from ultrazoo.data.words import is_unspaced
+
+    inner = token[:1].isalnum() and not is_unspaced(token[0])
+    return f"##{token}" if inner else token.strip() or repr(token)
 
 
 def encode(
@@ -55,41 +63,60 @@ def encode(
     texts: Annotated[
         list[str] | None, typer.Argument(help="Texts; none: lines of --file or of standard input.")
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="Read the texts from this file, one a line.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Read the texts from this UTF-8 file, one per line.")] = None,
     device: Device = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="A JSON object a line, with text and vector.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON object per line, with text and vector.")] = False,
 ) -> None:
-    """Print the vector of each text, one a line: the mean of the last hidden states."""
+    """Print the vector of each text, one per line: the mean of the last hidden states.
+
+    A text that is not valid UTF-8 is reported on stderr with its number and skipped; the exit code is then 1.
+    """
     if texts and file:
         raise typer.BadParameter("got texts and --file, expected one of them")
     if not texts and not file and sys.stdin.isatty():
         raise typer.BadParameter("got no texts; name them, or use --file, or pipe lines into standard input")
-    from ultrazoo.inference import load
+    from ultrazoo.inference import TextError, load, require_text
 
     encoder = load(run, device)
-    lines = iter(texts) if texts else _lines(file)
-    while chunk := list(islice(lines, LINES_AT_ONCE)):
-        for text, vector in zip(chunk, encoder.encode(chunk).tolist(), strict=True):
+    where = "text" if texts else f"{file or 'standard input'}: line"
+    numbered = enumerate(texts or _lines(file), start=1)
+    bad = 0
+    while chunk := list(islice(numbered, LINES_AT_ONCE)):
+        good = []
+        for number, text in chunk:
+            try:
+                require_text(f"{where} {number}", text)
+                good.append(text)
+            except TextError as error:
+                bad += 1
+                say(f"warning: {error}; skipped")
+        for text, vector in zip(good, encoder.encode(good).tolist(), strict=True):
             if as_json:
                 print(json.dumps({"text": text, "vector": vector}, ensure_ascii=False))
             else:
                 print(" ".join(f"{value:.6g}" for value in vector))
+    if bad:
+        raise DataError(
+            f"{where.removesuffix(': line')}: {bad} text(s) skipped, which have no vector; see the warnings"
+        )
 
 
 def _lines(file: Path | None) -> Iterator[str]:
-    """Lines of a file or of standard input, without their ends."""
+    """Lines of a UTF-8 file or of standard input, without their ends and a byte order mark; other bytes as surrogates.
 
-    def stripped(lines: Iterable[str]) -> Iterator[str]:
-        return (line.rstrip("\r\n") for line in lines)
-
-    if file is None:
-        yield from stripped(sys.stdin)
-        return
+    Raises:
+        DataError: The file cannot be read.
+    """
     try:
-        with file.open(encoding="utf-8") as opened:
-            yield from stripped(opened)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--file: {file}: cannot be read: {error}; expected lines of UTF-8 text") from error
+        with nullcontext(sys.stdin.buffer) if file is None else file.open("rb") as source:
+            lines = TextIOWrapper(source, encoding="utf-8-sig", errors="surrogateescape")
+            try:
+                for line in lines:
+                    yield line.rstrip("\r\n")
+            finally:
+                lines.detach()
+    except OSError as error:
+        raise DataError(f"{file or 'standard input'}: cannot be read: {error}; expected lines of UTF-8 text") from error
 
 
 def plot(
@@ -97,7 +124,7 @@ def plot(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="PNG.", show_default="RUN/training.png")] = None,
 ) -> None:
     """Draw loss, learning rate, gradient norm and tokens per second of a run to a PNG."""
-    from ultrazoo.plot import plot_run
+    from ultrazoo.plot import PICTURE, plot_run
 
-    path = plot_run(run, output or run / "training.png")
+    path = plot_run(run, output or run / PICTURE)
     say(f"wrote {path}")

@@ -52,9 +52,12 @@ def show(
 ) -> None:
     """Show a block: paper, equation, options, parameters, state, kernels, and the laws that it is held to."""
     from ultrazoo.config import ModelConfig, block_config, model_around
+    from ultrazoo.ops.loader import without_builds
     from ultrazoo.registry import registry
 
     spec = registry().find_block(block)
+    with without_builds():
+        kernels = [kernel for op in spec.ops for kernel in kernels_of(op)]
     config = block_config(spec, model_around(spec, hidden_size))
     own = {name: field for name, field in spec.config.model_fields.items() if name not in ModelConfig.model_fields}
     facts: dict[str, Any] = {
@@ -66,7 +69,7 @@ def show(
         "state_size": spec.state_size(config) if spec.state_size else None,
         "model_fields": {name: getattr(config, name) for name in spec.config.model_fields if name not in own},
         "options": {name: {"value": getattr(config, name), "help": field.description} for name, field in own.items()},
-        "kernels": [kernel for op in spec.ops for kernel in kernels_of(op)],
+        "kernels": kernels,
         "laws": _laws(spec, check),
     }
     if as_json:

@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ultrazoo.arguments import file_path, list_of
 from ultrazoo.config import needs
 from ultrazoo.config.model import ModelConfig
 from ultrazoo.config.overrides import apply_override
+from ultrazoo.config.paths import at_home
 from ultrazoo.config.problems import ProblemsError, problems_of
 from ultrazoo.config.training import TrainingConfig
 from ultrazoo.config.yaml import dump_yaml, read_yaml
@@ -102,7 +104,10 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> LoadedConf
 
     Raises:
         ConfigError: Every problem of the file and the overrides, one line each.
+        ArgumentError: ``source`` is no path, or ``overrides`` is one str and no list.
     """
+    items = list_of("overrides", overrides, "overrides such as 'training.batch_size=8'")
+    file_path("source", source)
     path = _find(source)
     data = read_yaml(path)
     if data is None:
@@ -111,8 +116,9 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> LoadedConf
         raise ConfigError(
             f"{path}: got {type(data).__name__}, expected sections model_class, plugins, model and training"
         )
+    data, moved = at_home(data, path)
     from_file = set(_leaves(data))
-    overridden = [apply_override(data, item) for item in overrides]
+    overridden = [apply_override(data, item) for item in items]
     config = config_from_dict(data, str(path))
     changed = {
         path for dotted in overridden for path in _leaves(config.to_dict()) if (path + ".").startswith(dotted + ".")
@@ -126,6 +132,8 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> LoadedConf
         for line in config.model.notices() + config.training.notices()
         if origins.get(line.split(":")[0]) != "default"
     ]
+    if moved and origins["training.output_dir"] != "command line":
+        notices.append(moved)
     if config.model_class == "mini" and data.get("model", {}).get("use_factorized_embedding") is False:
         notices.append(
             "model.use_factorized_embedding: false has no effect: model_class mini always factorises; "

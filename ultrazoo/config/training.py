@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from ultrazoo.config.devices import PATTERN, require_device
 from ultrazoo.config.paths import PATHS, require_path
 from ultrazoo.config.problems import ProblemsError
 from ultrazoo.options import Options
@@ -36,6 +37,7 @@ class TrainingConfig(Options):
     max_length: int = Field(128, ge=8, description="Tokens per row.")
     max_samples: int | None = Field(None, ge=1, le=2**63 - 1, description="Most Parquet rows to use.")
     mlm_probability: float = Field(0.15, gt=0, lt=1, description="Share of tokens to predict.")
+    eval_mlm_probability: float = Field(0.15, gt=0, lt=1, description="Share of tokens that validation predicts.")
     whole_word_masking: bool = Field(False, description="Mask whole words.")
     pack_sequences: bool = Field(True, description="Several documents per row, kept apart by segments.")
     shuffle: bool = Field(True, description="Shuffle by seed; false keeps the files' order.")
@@ -52,6 +54,11 @@ class TrainingConfig(Options):
     # steps
     batch_size: int = Field(32, ge=1, description="Rows per micro-batch, of all processes together.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per optimiser step.")
+    exact_balance_loss: bool = Field(
+        False,
+        description="With accumulation: the balance loss of experts over the whole step, not per micro-batch; costs a "
+        "forward pass.",
+    )
     num_epochs: float = Field(1.0, gt=0, le=1e9, description="Passes over the data, when neither limit below is set.")
     max_steps: int | None = Field(None, ge=1, description="Optimiser steps.")
     max_minutes: float | None = Field(None, gt=0, description="Minutes of training; the schedule follows the clock.")
@@ -78,7 +85,9 @@ class TrainingConfig(Options):
     galore_max_dim: int = Field(4096, ge=1, description="Weights with a longer side stay on plain AdamW.")
 
     # machine
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps.")
+    device: str = Field(
+        "auto", description="auto, cpu, cuda, cuda:N or mps.", json_schema_extra={"pattern": f"^{PATTERN}$"}
+    )
     num_threads: int | None = Field(None, ge=1, description="Threads of torch on the CPU; unset: torch's choice.")
     kernels: Literal["auto", "compiled", "reference"] = Field("auto", description="Which kernels the ops run on.")
     use_amp: bool = Field(False, description="Mixed precision: bfloat16, or float16 with scaling where it is missing.")
@@ -120,6 +129,11 @@ class TrainingConfig(Options):
     def _no_blank_path(cls, path: str | None, info: ValidationInfo) -> str | None:
         return require_path(str(info.field_name), path)
 
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, name: str) -> str:
+        return require_device(name)
+
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
         lines = []
@@ -152,6 +166,8 @@ class TrainingConfig(Options):
         ]
         if "decay_ratio" in fields and self.lr_schedule != "wsd":
             lines.append("training.decay_ratio: has no effect unless lr_schedule is wsd")
+        if "exact_balance_loss" in fields and self.gradient_accumulation_steps == 1:
+            lines.append("training.exact_balance_loss: has no effect while gradient_accumulation_steps is 1")
         if "nan_limit" in fields and self.on_nan == "stop":
             lines.append("training.nan_limit: has no effect while on_nan is stop")
         if "num_epochs" in fields and (self.max_steps or self.max_minutes):

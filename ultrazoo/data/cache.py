@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import zlib
 from collections import Counter
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ultrazoo.caches import cache_home
 from ultrazoo.data.encoding import Encoder
 from ultrazoo.data.files import SummedFile, cache_errors, first_changed, locked, write_atomically
 from ultrazoo.data.progress import Progress
@@ -27,13 +27,12 @@ SHARD_TOKENS = 64 << 20
 
 def default_cache_dir() -> Path:
     """Return the folder for caches where none is set, after the XDG convention."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "ultrazoo" / "data"
+    return cache_home() / "data"
 
 
-def cache_folder(cache_dir: Path, source: ParquetSource, vocabulary: Vocabulary) -> Path:
+def cache_folder(cache_dir: Path, fingerprint: str, vocabulary: Vocabulary) -> Path:
     """Return the folder named by a hash of all that the tokens depend on."""
-    facts = json.dumps([FORMAT, source.fingerprint, vocabulary.sha256])
+    facts = json.dumps([FORMAT, fingerprint, vocabulary.sha256])
     return cache_dir / hashlib.sha256(facts.encode()).hexdigest()[:24]
 
 
@@ -44,7 +43,7 @@ def defect_of(folder: Path) -> str | None:
         return first_changed(folder, manifest["files"])
     except OSError:
         return "not complete"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "manifest.json is damaged"
 
 
@@ -52,7 +51,7 @@ def _job_of(folder: Path) -> str | None:
     """Return the job that a cache was made for; None where it is not known."""
     try:
         return json.loads((folder / "manifest.json").read_bytes())["job"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -119,7 +118,7 @@ def _finished(aside: Path) -> list[dict[str, Any]]:
             record = json.loads((aside / f"shard-{len(records):05d}.json").read_bytes())
             if first_changed(aside, record["files"]) is not None:
                 return records
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return records
         records.append(record)
 
@@ -138,7 +137,7 @@ class _ShardWriter:
     ) -> None:
         self.folder, self.source, self.encoder = folder, source, encoder
         self.rows_at_once, self.vocabulary, self.progress = rows_at_once, vocabulary, progress
-        self.reader = RowReader(source)
+        self.reader = RowReader(source, keeping=True)
 
     def write(self, number: int, first: int) -> dict[str, Any]:
         """Write the shard that begins with row group ``first``; its record is written last and makes it count."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,18 +28,30 @@ def locked(path: Path, console: Callable[[str], None]) -> Iterator[None]:
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
     try:
         waiting = False
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not waiting:
-                    console(f"waiting for another process that is preparing this data ({path})")
-                waiting = True
-                time.sleep(0.1)
+        while not _take(descriptor):
+            if not waiting:
+                console(f"waiting for another process that is preparing this data ({path})")
+            waiting = True
+            time.sleep(0.1)
         yield
     finally:
         os.close(descriptor)
+
+
+def _take(descriptor: int) -> bool:
+    """Lock an open file without waiting; False if another process or thread has it."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 @contextmanager

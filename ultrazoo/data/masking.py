@@ -2,77 +2,42 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ultrazoo.data.randomness import U64, draws
+from ultrazoo.data.space_words import SpaceWords
 from ultrazoo.data.tokenizer import Vocabulary
-from ultrazoo.errors import ConfigError
+from ultrazoo.data.words import Words
 
 NOT_A_TARGET = -100
 MASKED, REPLACED = 0.8, 0.9
 SECOND_STREAM = 1 << 32
 
 
-@dataclass(frozen=True)
-class WordTable:
-    """What a token says about words: ``starts``, it begins one itself; ``ends``, whatever follows begins one."""
-
-    starts: NDArray[np.bool_]
-    ends: NDArray[np.bool_]
+class WordRule(Protocol):
+    """Parts the tokens of rows into words."""
 
     def word_starts(self, ids: NDArray[Any], segments: NDArray[Any]) -> NDArray[np.bool_]:
         """Return (B, L), True at the first token of each word; documents and special tokens part words."""
-        starts = self.starts[ids]
-        starts[:, 0] = True
-        starts[:, 1:] |= self.ends[ids[:, :-1]] | (segments[:, 1:] != segments[:, :-1])
-        return starts
 
 
-def word_table(vocabulary: Vocabulary) -> WordTable:
-    """Read from a tokenizer which tokens begin a word.
+WORD_RULES: dict[int, Callable[[Vocabulary], WordRule]] = {1: SpaceWords, 2: Words}
+"""Revision of the rule -> the rule. A run keeps the revision that it began with, since its targets depend on it."""
+WORD_RULE = max(WORD_RULES)
 
-    WordPiece marks continuations (``##``), byte-level BPE and Metaspace mark the space before a word; there, digits
-    and letters go on with a word and anything else stands alone, so that ``king,`` is two.
+
+def word_table(vocabulary: Vocabulary, revision: int = WORD_RULE) -> WordRule:
+    """Return a rule for the words of a tokenizer.
 
     Raises:
-        ConfigError: The tokenizer marks neither.
+        ConfigError: The tokenizer does not mark where words begin.
     """
-    description = json.loads(vocabulary.text)
-    tokenizer = vocabulary.tokenizer()
-    tokens = [tokenizer.id_to_token(number) or "" for number in range(vocabulary.size)]
-    starts, ends = vocabulary.is_special.copy(), vocabulary.is_special.copy()
-    parts = json.dumps([description.get("pre_tokenizer"), description.get("decoder")])
-    if description["model"]["type"] == "WordPiece":
-        prefix = description["model"].get("continuing_subword_prefix") or "##"
-        starts |= np.array([not token.startswith(prefix) for token in tokens])
-        return WordTable(starts, ends)
-    if '"ByteLevel"' in parts:
-        spaces: tuple[str, ...] = ("Ġ", "Ċ", "ĉ", "č")
-        text = {number: tokenizer.decode([number], skip_special_tokens=False) for number in range(vocabulary.size)}
-    elif '"Metaspace"' in parts:
-        spaces = ("▁",)
-        text = dict(enumerate(tokens))
-    else:
-        raise ConfigError(
-            f"training.whole_word_masking: the tokenizer {vocabulary.origin} does not mark where words begin; expected "
-            "WordPiece, byte-level BPE or Metaspace; set whole_word_masking to false, or give such a tokenizer"
-        )
-    for number, token in enumerate(tokens):
-        decoded = text[number].lstrip(" ▁")
-        # part of a character's bytes, decoded alone, is U+FFFD: it goes on with what stands before
-        starts[number] |= token.startswith(spaces) or not _in_word(decoded[:1])
-        ends[number] |= decoded != "" and not _in_word(decoded[-1:])
-    return WordTable(starts, ends)
-
-
-def _in_word(character: str) -> bool:
-    return character.isalnum() or character == "�"
+    return WORD_RULES[revision](vocabulary)
 
 
 class Masker:
@@ -88,7 +53,7 @@ class Masker:
         words: Where words begin, to mask whole ones.
     """
 
-    def __init__(self, vocabulary: Vocabulary, probability: float, words: WordTable | None = None) -> None:
+    def __init__(self, vocabulary: Vocabulary, probability: float, words: WordRule | None = None) -> None:
         self.probability, self.words = probability, words
         self._below = np.uint64(math.ceil(probability * 2**53) << 11)
         """A draw is below it as often as its upper 53 bits, as a fraction, are below ``probability``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ultrazoo.data.batch import Batch, Share, make_batch
+from ultrazoo.data.digests import HASHING
 from ultrazoo.data.masking import Masker, word_table
 from ultrazoo.data.packing import Documents, Frame, count_rows, pack
 from ultrazoo.data.plan import Plan
@@ -24,6 +25,7 @@ from ultrazoo.data.tokenizer import Vocabulary
 from ultrazoo.data.validation import VALIDATION, held_out_documents
 from ultrazoo.data.windows import Window, WindowDataset, iterate
 from ultrazoo.errors import DataError
+from ultrazoo.revisions import Revisions, current_revisions
 
 if TYPE_CHECKING:
     from ultrazoo.config import TrainingConfig
@@ -47,9 +49,10 @@ class DataModule:
         store: Where documents come from.
         training: The config's training section.
         console: Takes lines about skipped rows.
+        revisions: Rules of the run; None: those of a new one.
 
     Raises:
-        DataError: There is no row to train on.
+        DataError: There is no row to train on, or none to validate on.
         ConfigError: Whole words are asked for and the tokenizer does not mark them.
     """
 
@@ -60,10 +63,15 @@ class DataModule:
         store: Store,
         training: TrainingConfig,
         console: Callable[[str], None],
+        revisions: Revisions | None = None,
     ) -> None:
         self.source, self.vocabulary, self.store, self.training = source, vocabulary, store, training
-        words = word_table(vocabulary) if training.whole_word_masking else None
+        self.revisions = current_revisions() if revisions is None else revisions
+        words = word_table(vocabulary, self.revisions["whole_words"]) if training.whole_word_masking else None
         self._masker = Masker(vocabulary, training.mlm_probability, words)
+        fixed = self.revisions["validation_masks"] > 1
+        eval_probability = training.eval_mlm_probability if fixed else training.mlm_probability
+        self._eval_masker = Masker(vocabulary, eval_probability, words)
         self._frame = Frame(training.max_length, vocabulary.pad, vocabulary.cls, vocabulary.sep)
         plan = Plan(
             source.unit_rows,
@@ -82,6 +90,7 @@ class DataModule:
         self._skipped: Counter[str] = Counter()
         self._damage: dict[str, str] = {}
         self._sample = self._find_sample()
+        self._require_held_out()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -102,6 +111,10 @@ class DataModule:
     def fingerprint(self) -> str:
         """Hash of the data: names, sizes and contents of its files, text column, row limit."""
         return self.source.fingerprint
+
+    def fingerprint_as_in(self, state: Mapping[str, Any]) -> str:
+        """Return the fingerprint by the rule that a saved state's was made by, to be compared with it."""
+        return self.source.fingerprint_by(state.get("hashing", 1))
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -175,6 +188,18 @@ class DataModule:
             f"{self.source.text_column!r}; add rows or set training.text_column"
         )
 
+    def _require_held_out(self) -> None:
+        """Find out before the first step whether the first validation has a row.
+
+        Raises:
+            DataError: It has none.
+        """
+        if not self._read_held_out(wanted=1).lengths.any():
+            raise DataError(
+                f"training.validation_fraction: no usable row among the {self.training.validation_fraction:.0%} held "
+                "out; expected at least one; raise the fraction or add rows"
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last batch yielded, and what it is a position in, as JSON values."""
         epoch, window, row = self._position
@@ -185,6 +210,8 @@ class DataModule:
             "row": row,
             "window_rows": self._window_rows,
             "fingerprint": self.fingerprint,
+            "hashing": HASHING,
+            "discovery": self.source.found.discovery,
             "tokenizer_sha256": self.tokenizer_sha256,
             "plan": self.plan,
             "seen": dict(self._seen),
@@ -215,9 +242,10 @@ class DataModule:
             problems.append(
                 f"tokenizer: saved {state['tokenizer_sha256'][:12]}, now {self.tokenizer_sha256[:12]} (SHA-256)"
             )
-        if state["fingerprint"] != self.fingerprint:
+        fingerprint = self.fingerprint_as_in(state)
+        if state["fingerprint"] != fingerprint:
             problems.append(
-                f"data: saved {state['fingerprint'][:12]}, now {self.fingerprint[:12]} (hash of the names, sizes and "
+                f"data: saved {state['fingerprint'][:12]}, now {fingerprint[:12]} (hash of the names, sizes and "
                 "contents of the files, text_column and max_samples)"
             )
         if problems:
@@ -225,6 +253,12 @@ class DataModule:
                 "data state: cannot go on at the saved position, which would repeat or lose rows: "
                 + "; ".join(problems)
                 + "; put these back, or start a new run"
+            )
+        if fingerprint != self.fingerprint:
+            names = ", ".join(file.name for file in self.source.large_files)
+            self._console(
+                "warning: data: the checkpoint is of an earlier version, which compared files over 64 MiB by samples; "
+                f"the samples of {names} are equal, the rest cannot be compared; new checkpoints compare whole files"
             )
         self._position = (int(state["epoch"]), int(state["window"]), int(state["row"]))
         self._window_rows = int(state["window_rows"])
@@ -260,7 +294,11 @@ class DataModule:
     @cached_property
     def _held_out(self) -> Documents:
         training = self.training
-        wanted = training.eval_max_batches * training.batch_size * training.max_length
+        return self._read_held_out(training.eval_max_batches * training.batch_size * training.max_length)
+
+    def _read_held_out(self, wanted: int) -> Documents:
+        """Read held-out documents until they have so many tokens."""
+        training = self.training
         return held_out_documents(
             self.source,
             self.store,
@@ -273,21 +311,16 @@ class DataModule:
     def _validation(self) -> list[Batch]:
         training, size = self.training, self.training.batch_size
         tokens, segments = pack(self._held_out, self._frame, packed=training.pack_sequences, key=(VALIDATION,))
-        if not len(tokens):
-            raise DataError(
-                f"training.validation_fraction: no usable row among the {training.validation_fraction:.0%} held out; "
-                "expected at least one; raise the fraction or add rows"
-            )
         states = draws(key(MASKS, VALIDATION), np.arange(len(tokens)))
         batches = [slice(start, start + size) for start in range(0, len(tokens), size)][: training.eval_max_batches]
         parts = [(tokens[rows], segments[rows], states[rows]) for rows in batches]
-        return [make_batch(*part, self._masker, self.share) for part in parts]
+        return [make_batch(*part, self._eval_masker, self.share) for part in parts]
 
     def validation_batches(self) -> list[Batch]:
         """Return at most ``eval_max_batches`` batches of held-out rows; the same, masks included, for every seed.
 
         Raises:
-            DataError: The data cannot be read, or no held-out row is usable.
+            DataError: The data cannot be read.
         """
         return self._validation
 
@@ -295,13 +328,15 @@ class DataModule:
     def unigram_counts(self) -> NDArray[np.int64]:
         """(tokenizer's size,) how often each token occurs, special tokens left out.
 
-        Over all tokens where there is a cache; else over the held-out ones and a window of the others.
+        Over all rows that are trained on if there is a cache; otherwise over one window of them. Rule
+        ``unigram_counts``, revision 1: with the held-out rows.
         """
+        with_held_out = self.revisions["unigram_counts"] == 1
         if isinstance(self.store, TokenStore):
-            counts = self.store.counts
+            counts = self.store.counts - (0 if with_held_out else self.store.held_out_counts())
         else:
-            seen = np.concatenate([self._held_out.ids, self._sample[1].ids])
-            counts = np.bincount(seen, minlength=self.vocabulary.size)
+            parts = [self._held_out.ids] if with_held_out else []
+            counts = np.bincount(np.concatenate([*parts, self._sample[1].ids]), minlength=self.vocabulary.size)
         return np.where(self.vocabulary.is_special, 0, counts).astype(np.int64)
 
     @cached_property

@@ -38,9 +38,10 @@ class Progress:
             self.console(f"{self.what}: {self.done / self.total:.0%}, {self.rate(now)}, {duration(left)} left")
 
     def rate(self, now: float | None = None) -> str:
-        """Return ``rows/s, MB/s`` since the start."""
+        """Return ``rows/s, MB/s`` since the start; MB/s alone where no rows are counted."""
         seconds = max((self.clock() if now is None else now) - self.started, 1e-9)
-        return f"{self.rows / seconds:,.0f} rows/s, {self.bytes / 1e6 / seconds:.1f} MB/s"
+        rows = f"{self.rows / seconds:,.0f} rows/s, " if self.rows else ""
+        return f"{rows}{self.bytes / 1e6 / seconds:.1f} MB/s"
 
 
 def duration(seconds: float) -> str:

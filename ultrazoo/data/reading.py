@@ -9,13 +9,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ultrazoo.data.digests import ChangedError, Identity
 from ultrazoo.data.sources import DamagedError, ParquetSource, Span, damage_told, open_parquet
 from ultrazoo.errors import DataError
 
 OPEN_CURSORS = 24
 BATCH = 1024
 """Rows decoded at a time: damage in a row group costs the rows from the beginning of such a batch on."""
-LOST = "in a damaged row group"
+LOST, CHANGED = "in a damaged row group", "in a file that changed during the run"
 
 
 class _Cursor:
@@ -63,14 +64,23 @@ class _Cursor:
 
 
 class RowReader:
-    """Reads spans of rows; keeps the row groups it is in the middle of open, so that going on costs nothing."""
+    """Reads spans of rows; keeps the row groups it is in the middle of open, so that going on costs nothing.
 
-    def __init__(self, source: ParquetSource) -> None:
+    Args:
+        source: The row groups.
+        keeping: What is read is kept under the fingerprint of the data, so a file that has changed is an error also
+            under ``on_bad_data: skip``.
+    """
+
+    def __init__(self, source: ParquetSource, *, keeping: bool = False) -> None:
         self.source = source
         self._strict = source.on_bad_data == "error"
+        self._keeping = keeping
         self._cursors: OrderedDict[int, _Cursor] = OrderedDict()
         self._ends: dict[int, tuple[int, DamagedError]] = {}
         """Row group -> its first row that damage hides, and the damage."""
+        self._identities: dict[int, Identity] = {}
+        self._changed: dict[int, ChangedError] = {}
 
     def read(
         self, span: Span, keep: NDArray[np.bool_] | None, skipped: Counter[str], damage: dict[str, str] | None = None
@@ -81,14 +91,16 @@ class RowReader:
             span: Rows of one row group.
             keep: (rows,) which are wanted; None means all.
             skipped: Counts the wanted rows that are unusable, by reason.
-            damage: Takes row group -> damage that hides rows of the span.
+            damage: Takes row group or file -> damage that hides rows of the span.
 
         Raises:
-            DataError: Under ``on_bad_data: error``, a wanted row is unusable or the row group is damaged; the message
-                names file, row group and row. In any case, the system does not let the file be read.
+            DataError: Under ``on_bad_data: error``, a wanted row is unusable, the row group is damaged or the file is
+                not what it was when the run began; the message names file, row group and row. In any case, the system
+                does not let the file be read.
         """
         rows = span.stop - span.start
-        kind = self.source.files[self.source.units[span.unit].file].kind
+        file = self.source.units[span.unit].file
+        kind = self.source.files[file].kind
         if kind in ("other", "null"):
             wanted = rows if keep is None else int(keep.sum())
             if wanted:
@@ -99,14 +111,15 @@ class RowReader:
             return [None] * rows
         values = self._values(span)
         if len(values) < rows:
-            _, error = self._ends[span.unit]
-            if self._strict:
+            changed = self._changed.get(file)
+            error = changed or self._ends[span.unit][1]
+            if self._strict or (changed and self._keeping):
                 raise error
             if damage is not None:
-                damage[self.source.place(span.unit)] = str(error)
+                damage[str(self.source.files[file].path) if changed else self.source.place(span.unit)] = str(error)
             lost = rows - len(values) if keep is None else int(keep[len(values) :].sum())
             if lost:
-                skipped[LOST] += lost
+                skipped[CHANGED if changed else LOST] += lost
         texts: list[str | None] = [None] * rows
         for row, value in enumerate(values):
             if keep is None or keep[row]:
@@ -115,8 +128,34 @@ class RowReader:
                     raise self._refusal(span.unit, span.start + row, next(iter(skipped)))
         return texts
 
+    def _has_changed(self, file: int) -> bool:
+        """Whether a file is not what it was when the run began; once it has changed, it stays so."""
+        if file not in self._changed and (error := self._change(file)) is not None:
+            self._changed[file] = error
+        return file in self._changed
+
+    def _change(self, file: int) -> ChangedError | None:
+        """Why a file is not the one that was hashed at the start; it is hashed again if its status differs."""
+        entry = self.source.files[file]
+        what = f"{entry.path}: is not what it was when the run began"
+        expected = "put the file back and resume, or start a new run with the new one"
+        with damage_told(f"{entry.path}: cannot be read any more", "the file that was there at the start"):
+            identity = Identity.of(entry.path.stat())
+            if identity == self._identities.setdefault(file, entry.identity):
+                return None
+            if identity.size != entry.size:
+                return ChangedError(f"{what}: got {identity.size} bytes, expected {entry.size}; {expected}")
+            try:
+                self._identities[file], digest = self.source.digests.of(entry.path)
+            except ChangedError as error:
+                return error
+        return None if digest == entry.digest else ChangedError(f"{what}: its content has changed; {expected}")
+
     def _values(self, span: Span) -> list[str | bytes | None]:
-        """Values of a span's rows, up to damage."""
+        """Values of a span's rows up to damage; none if the file has changed since the run began."""
+        file = self.source.units[span.unit].file
+        if file in self._changed:
+            return []
         if span.unit in self._ends:
             end = self._ends[span.unit][0]
             if end <= span.start:
@@ -126,7 +165,13 @@ class RowReader:
         if cursor is not None and cursor.position > span.start:
             cursor.close()
             cursor = None
-        cursor = cursor or _Cursor(self.source, span.unit)
+        if cursor is None:
+            try:
+                cursor = _Cursor(self.source, span.unit)
+            except DamagedError as error:
+                self._ends[span.unit] = (0, error)
+            if self._has_changed(file) or cursor is None:  # nothing of another file is decoded: it may lack the column
+                return []
         values = [value for array in cursor.take(span.start, span.stop) for value in _values(array)]
         if cursor.damage is not None:
             self._ends[span.unit] = (cursor.position, cursor.damage)
@@ -137,7 +182,7 @@ class RowReader:
                 self._cursors.popitem(last=False)[1].close()
         else:
             cursor.close()
-        return values
+        return [] if self._has_changed(file) else values
 
     def _refusal(self, unit: int, row: int, reason: str) -> DataError:
         return DataError(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ultrazoo.data.finding import CORPUS, find_files
+from ultrazoo.data.digests import HASHING, SAMPLED_FROM, ChangedError, Digests, Identity, sampled_digest
+from ultrazoo.data.finding import CORPUS, DISCOVERY, Found, find_files
+from ultrazoo.data.progress import Progress
 from ultrazoo.errors import DataError, did_you_mean
 
-WHOLE_DIGEST_BYTES = 64 << 20
-SAMPLED_PIECES, SAMPLED_BYTES = 64, 64 << 10
 READ_BUFFER = 1 << 20
 
 OnBadData = Literal["skip", "error"]
@@ -44,10 +44,15 @@ class SourceFile:
 
     path: Path
     name: str
-    size: int
+    identity: Identity
     digest: str
     group_rows: tuple[int, ...]
     kind: str
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.identity.size
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,8 @@ class ParquetSource:
     max_samples: int | None
     damaged: tuple[DamagedFile, ...] = ()
     on_bad_data: OnBadData = "skip"
+    found: Found = field(default_factory=lambda: Found([], CORPUS))
+    digests: Digests = field(default_factory=Digests)
 
     @cached_property
     def unit_rows(self) -> NDArray[np.int64]:
@@ -95,12 +102,34 @@ class ParquetSource:
     def fingerprint(self) -> str:
         """SHA-256 of names, sizes, contents, text column and row limit; times and folders are not part of it.
 
-        A file that is left out is part of it: put right, it would bring other rows.
+        A file that is skipped as damaged is part of it: put right, it would bring other rows.
         """
-        named = [(file.name, file.size, file.digest, file.group_rows) for file in self.files]
+        return self._fingerprint({})
+
+    @property
+    def large_files(self) -> list[SourceFile | DamagedFile]:
+        """The files whose contents earlier versions compared by samples."""
+        both: list[SourceFile | DamagedFile] = [*self.files, *self.damaged]
+        return [file for file in both if file.size > SAMPLED_FROM]
+
+    def fingerprint_by(self, hashing: int) -> str:
+        """Return the fingerprint as a revision of the hashing of files makes it.
+
+        Args:
+            hashing: 1 for checkpoints and caches that do not say; else HASHING.
+        """
+        return self._sampled_fingerprint if hashing < HASHING and self.large_files else self.fingerprint
+
+    @cached_property
+    def _sampled_fingerprint(self) -> str:
+        return self._fingerprint({file.name: sampled_digest(self.found.root / file.name) for file in self.large_files})
+
+    def _fingerprint(self, digests: dict[str, str]) -> str:
+        """The hash of all that the rows depend on; ``digests`` replace those of some files."""
+        named = [(file.name, file.size, digests.get(file.name, file.digest), file.group_rows) for file in self.files]
         facts: list[object] = [named, self.text_column, self.max_samples]
         if self.damaged:
-            facts.append([(file.name, file.size, file.digest) for file in self.damaged])
+            facts.append([(file.name, file.size, digests.get(file.name, file.digest)) for file in self.damaged])
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def place(self, unit: int) -> str:
@@ -119,51 +148,80 @@ def open_source(
     text_column: str = "text",
     max_samples: int | None = None,
     on_bad_data: OnBadData = "skip",
+    *,
+    digests: Digests | None = None,
+    discovery: int = DISCOVERY,
+    console: Callable[[str], None] = lambda line: None,
 ) -> ParquetSource:
-    """Find the files, read their footers and check the text column; no text is read.
+    """Find the files, read their footers, check the text column and hash what is not known to be unchanged.
 
     Args:
         location: A file, a folder (searched recursively, in order of name) or a glob; None is the embedded corpus.
         text_column: Column that holds the text.
         max_samples: Most rows to use, counted from the first file on.
         on_bad_data: What to do about a file that is not Parquet or is cut short, and later about what cannot be read.
+        digests: Where hashes of files are kept; None keeps none.
+        discovery: Revision of the rules of which files are read.
+        console: Takes lines of progress.
 
     Raises:
-        DataError: No file, none that is whole, one that is not under ``error``, a missing column, or no rows.
+        DataError: No file, none that is complete, one that is not under ``error``, a missing column, or no rows.
     """
-    paths, root = find_files(location)
-    whole: list[SourceFile] = []
-    damaged: list[DamagedFile] = []
-    for path in paths:
+    found, digests = find_files(location, discovery), digests or Digests()
+    described: dict[Path, tuple[Identity, tuple[int, ...], str]] = {}
+    refused: dict[Path, DamagedError] = {}
+    for path in found.files:
         try:
-            whole.append(_describe(path, root, text_column))
+            described[path] = _describe(path, text_column)
         except DamagedError as error:
             if on_bad_data == "error":
                 raise
-            name = path.relative_to(root).as_posix()
-            facts = (path.stat().st_size, _digest(path)) if path.is_file() else (0, "")
-            damaged.append(DamagedFile(name, *facts, str(error)))
-    if not whole:
-        others = f" (and {len(damaged) - 1} more: none of the files can be read)" if len(damaged) > 1 else ""
-        raise DataError(damaged[0].reason + others)
+            refused[path] = error
+    if not described:
+        others = f" (and {len(refused) - 1} more: none of the files can be read)" if len(refused) > 1 else ""
+        raise DataError(str(next(iter(refused.values()))) + others)
+    whole: list[SourceFile] = []
+    damaged: list[DamagedFile] = []
+    there = {path: path.stat().st_size for path in found.files if path.is_file()}
+    progress = Progress("hashing data files", sum(there.values()), console)
+    for path in found.files:
+        name = path.relative_to(found.root).as_posix()
+        if path in described:
+            before, groups, kind = described[path]
+            identity, digest = _digest(path, digests, progress)
+            if identity != before:
+                raise ChangedError(f"{path}: was written while it was read; expected a complete file; start again")
+            whole.append(SourceFile(path.resolve(), name, identity, digest, groups, kind))
+        else:
+            digest = _digest(path, digests, progress)[1] if path in there else ""
+            damaged.append(DamagedFile(name, there.get(path, 0), digest, str(refused[path])))
     files = tuple(whole)
     if all(file.kind == "other" for file in files):
         raise DataError(
             f"{files[0].path}: column {text_column!r} holds no text in any of {len(files)} file(s); expected a string "
             f"column; set training.text_column to one of: {_columns(files[0].path)}"
         )
+    units = tuple(_units(files, max_samples))
+    if not units:
+        raise DataError(f"{location or CORPUS}: {len(files)} Parquet file(s) without a single row; expected text")
+    return ParquetSource(files, units, text_column, max_samples, tuple(damaged), on_bad_data, found, digests)
+
+
+def _units(files: Sequence[SourceFile], max_samples: int | None) -> Iterator[Unit]:
+    """The row groups of files, up to a number of rows."""
     left = sum(sum(file.group_rows) for file in files) if max_samples is None else max_samples
-    units = []
     for number, file in enumerate(files):
         first = 0
         for group, rows in enumerate(file.group_rows):
             if (used := min(rows, left)) > 0:
-                units.append(Unit(number, group, used, first))
+                yield Unit(number, group, used, first)
             left -= used
             first += rows
-    if not units:
-        raise DataError(f"{location or CORPUS}: {len(files)} Parquet file(s) without a single row; expected text")
-    return ParquetSource(files, tuple(units), text_column, max_samples, tuple(damaged), on_bad_data)
+
+
+def _digest(path: Path, digests: Digests, progress: Progress) -> tuple[Identity, str]:
+    with damage_told(f"{path}: cannot be hashed", "a file that can be read"):
+        return digests.of(path, lambda size: progress.add(0, size, size))
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
@@ -194,10 +252,12 @@ def _columns(path: Path) -> str:
     return ", ".join(f"{field.name} ({field.type})" for field in open_parquet(path).schema_arrow) or "none"
 
 
-def _describe(path: Path, root: Path, text_column: str) -> SourceFile:
+def _describe(path: Path, text_column: str) -> tuple[Identity, tuple[int, ...], str]:
+    """The identity of a file, rows of each of its row groups, and what its text column holds."""
     if not path.is_file():
         what = f"a link to {path.readlink()}, which is not there" if path.is_symlink() else "not a file"
         raise DamagedError(f"{path}: {what}; expected a Parquet file; mend it, or take it out of the data")
+    identity = Identity.of(path.stat())
     with (
         open_parquet(path) as parquet,
         damage_told(f"{path}: its footer cannot be read", "a complete Parquet file: copy it again"),
@@ -213,28 +273,10 @@ def _describe(path: Path, root: Path, text_column: str) -> SourceFile:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-        label = "text"
-    elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        label = "bytes"
-    else:
-        label = "null" if pa.types.is_null(kind) else "other"
-    name = path.relative_to(root).as_posix()
-    return SourceFile(path.resolve(), name, path.stat().st_size, _digest(path), groups, label)
-
-
-def _digest(path: Path) -> str:
-    """SHA-256 of a file; of its first, last and evenly spaced pieces where it is large (the footer is in the last)."""
-    size = path.stat().st_size
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        if size <= WHOLE_DIGEST_BYTES:
-            while block := file.read(READ_BUFFER):
-                digest.update(block)
-            return digest.hexdigest()
-        for piece in range(SAMPLED_PIECES):
-            file.seek((size - SAMPLED_BYTES) * piece // (SAMPLED_PIECES - 1))
-            digest.update(file.read(SAMPLED_BYTES))
-        return digest.hexdigest()
+        return identity, groups, "text"
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return identity, groups, "bytes"
+    return identity, groups, "null" if pa.types.is_null(kind) else "other"
 
 
 def brief(error: BaseException) -> str:

@@ -65,11 +65,21 @@ class Vocabulary:
         table[list(self.special_ids)] = True
         return table
 
-    def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer, without truncation or padding."""
+    def tokenizer(self, *, special_tokens: bool = True) -> Tokenizer:
+        """Return a tokenizer of its own, without truncation or padding.
+
+        Every special token is an added one, so that none is split, also where the file lists it as a plain entry.
+
+        Args:
+            special_tokens: Parse the special tokens that a text spells; false: they are text, as in training.
+        """
         tokenizer = Tokenizer.from_str(self.text)
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        added = tokenizer.get_added_tokens_decoder()
+        unsplit = [number for number in self.special_ids if number not in added or not added[number].special]
+        tokenizer.add_special_tokens([_special(tokenizer, number) for number in unsplit])
+        tokenizer.encode_special_tokens = not special_tokens
         return tokenizer
 
 
@@ -85,7 +95,7 @@ def read_vocabulary(path: Path, vocab_size: int, where: str) -> Vocabulary:
         ConfigError: No such file, not a tokenizer, a special token missing, or an id outside the model's vocabulary.
     """
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode("utf-8-sig")
         tokenizer = Tokenizer.from_str(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where}: {path} cannot be read ({error}); expected the path of a tokenizer.json") from error
@@ -101,9 +111,10 @@ def read_vocabulary(path: Path, vocab_size: int, where: str) -> Vocabulary:
             f"{where}: {path} has {len(entries)} entries with ids up to {largest}, but model.vocab_size is "
             f"{vocab_size}; set model.vocab_size to at least {largest + 1}"
         )
+    added = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     ids, missing = {}, []
     for role, names in NAMES.items():
-        name = next((name for name in names if name in entries), None)
+        name = next((name for known in (added, entries) for name in names if name in known), None)
         if name is None:
             missing.append(" or ".join(names[:2]))
         else:
@@ -113,16 +124,46 @@ def read_vocabulary(path: Path, vocab_size: int, where: str) -> Vocabulary:
             f"{where}: {path} lacks the special token(s) {', '.join(missing)}; expected all of {', '.join(SPECIALS)}; "
             "add them with Tokenizer.add_special_tokens"
         )
-    special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    return Vocabulary(
-        text=text,
-        origin=str(path),
-        special_ids=tuple(
-            sorted(special | set(ids.values()) | {entries[name] for name in SPECIALS if name in entries})
-        ),
-        size=largest + 1,
-        **ids,
+    special = {*added.values(), *ids.values()} | {entries[name] for name in SPECIALS if name in entries}
+    vocabulary = Vocabulary(text=text, origin=str(path), special_ids=tuple(sorted(special)), size=largest + 1, **ids)
+    _require_mask(vocabulary, where)
+    return vocabulary
+
+
+def _special(tokenizer: Tokenizer, number: int) -> AddedToken:
+    """Return a token of the vocabulary as a special one."""
+    plain = tokenizer.get_added_tokens_decoder().get(number)
+    if plain is None:
+        return AddedToken(tokenizer.id_to_token(number), special=True, normalized=False)
+    return AddedToken(
+        plain.content,
+        single_word=plain.single_word,
+        lstrip=plain.lstrip,
+        rstrip=plain.rstrip,
+        normalized=plain.normalized,
+        special=True,
     )
+
+
+def _require_mask(vocabulary: Vocabulary, where: str) -> None:
+    """Encode a text with a mask in it and check the ids.
+
+    Raises:
+        ConfigError: The text cannot be encoded, or its ids lack the mask.
+    """
+    tokenizer = vocabulary.tokenizer()
+    text = f"a {tokenizer.id_to_token(vocabulary.mask)} b"
+    try:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ConfigError(
+            f"{where}: {vocabulary.origin} cannot encode {text!r} ({error}); give its model an unknown token"
+        ) from error
+    if ids.count(vocabulary.mask) != 1:
+        raise ConfigError(
+            f"{where}: {vocabulary.origin} encodes {text!r} as {ids}, expected id {vocabulary.mask} of the mask once; "
+            "add the mask with Tokenizer.add_special_tokens"
+        )
 
 
 def find_vocabulary(
@@ -199,7 +240,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def sample(source: ParquetSource, console: Callable[[str], None]) -> Iterator[str]:
     """Yield usable texts up to TRAINING_BYTES, from all over the source: a run of rows from each row group in turn."""
-    reader, skipped, taken = RowReader(source), Counter[str](), 0
+    reader, skipped, taken = RowReader(source, keeping=True), Counter[str](), 0
     progress = Progress("reading text for the tokenizer", source.num_rows, console)
     runs = [
         [Span(unit, start, min(start + READ_ROWS, rows)) for start in range(0, rows, READ_ROWS)]

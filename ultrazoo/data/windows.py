@@ -23,6 +23,8 @@ from ultrazoo.data.stores import Reading, Store
 from ultrazoo.errors import DataError
 
 Index = tuple[int, int]
+MAIN_ONLY = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+"""Signals that a whole process group gets and that only the main process acts on."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,10 @@ class _FromPosition(Sampler[Index]):
 
 
 def _init_worker(_: int) -> None:
-    """Leave Ctrl-C and SIGTERM to the main process, which ends its workers itself; no thread pool of tokenizers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Leave signals to the main process, which ends its workers itself; no thread pool of tokenizers."""
+    for name in MAIN_ONLY:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 

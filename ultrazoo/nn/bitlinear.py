@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ultrazoo.errors import ArgumentTypeError
 from ultrazoo.ops import bitlinear, bitlinear_packed, pack_ternary
 
 if TYPE_CHECKING:
@@ -77,8 +78,8 @@ class BitLinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias=bias)
         self.norm = nn.RMSNorm(in_features, eps=NORM_EPS)
-        self._packed: tuple[Tensor, Tensor] | None = None
-        self._packed_from: tuple[object, ...] = ()
+        self._packed: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
+        """What the packed weight was made from, and the weight: one value, so that threads may share the layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) to (..., out_features), in the autocast dtype where autocast is on."""
@@ -102,13 +103,16 @@ class BitLinear(nn.Linear):
     def _ternary(self) -> tuple[Tensor, Tensor]:
         weight = self.weight
         made_from = (weight._version, weight.data_ptr(), weight.dtype, weight.device)
-        if self._packed is None or self._packed_from != made_from:
-            self._packed, self._packed_from = pack_ternary(weight, eps=SCALE_EPS), made_from
-        return self._packed
+        kept = self._packed
+        if kept is None or kept[0] != made_from:
+            kept = self._packed = made_from, pack_ternary(weight, eps=SCALE_EPS)
+        return kept[1]
 
 
 class PackedBitLinear(nn.Module):
     """``BitLinear`` for inference: the weight in two bits a number, summed in integers; no gradient.
+
+    Both widths are filled up to a multiple of 16 in memory: 64 ceil(N / 16) ceil(K / 16) bytes.
 
     ``packed`` and ``scale`` are those of ``ultrazoo.ops.pack_ternary``, whose docstring has the layout.
 
@@ -137,7 +141,12 @@ def pack(model: nn.Module) -> nn.Module:
     """Replace every ``BitLinear`` inside a model by its packed form, in place, and return the model.
 
     The experts of a mixture keep their weights: they are not layers of their own.
+
+    Raises:
+        ArgumentTypeError: It is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     if isinstance(model, BitLinear):
         return PackedBitLinear(model)
     for name, child in model.named_children():

@@ -164,7 +164,9 @@ class MoE(nn.Module):
 
         Returns:
             (B, L, D), zero at padding, and the auxiliary values ``moe_balance_loss`` (``router_aux_loss_coef`` at
-            perfect balance), ``moe_z_loss``, and ``moe_load``: (E,), the share of all visits that each expert got.
+            perfect balance), ``moe_z_loss``, ``moe_load``: (E,), the share of all visits that each expert got, and
+            ``moe_balance_factors``: (2, E), this share and a mean over the tokens, whose product summed over the
+            experts is the balance loss.
         """
         k, E = self.config.top_k_experts, self.config.num_experts
         tokens = x.reshape(-1, x.shape[-1])  # (N, D)
@@ -215,8 +217,10 @@ class MoE(nn.Module):
         count = count.clamp(min=1)
         mean_prob = probs.masked_fill(padding, 0).sum(0) / count
         squared_z = logits.logsumexp(-1).square().masked_fill(padding.squeeze(1), 0)
+        scale = self.config.router_aux_loss_coef * E
         aux = {
-            "moe_balance_loss": self.config.router_aux_loss_coef * E * (load * mean_prob).sum(),
+            "moe_balance_loss": scale * (load * mean_prob).sum(),
+            "moe_balance_factors": torch.stack((load, scale * mean_prob)),
             "moe_z_loss": self.config.router_z_loss_coef * squared_z.sum() / count,
             "moe_load": load,
         }

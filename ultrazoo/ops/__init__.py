@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ultrazoo.ops.bitlinear.op import bitlinear, bitlinear_packed, pack_ternary
     from ultrazoo.ops.dropout.op import dropout
     from ultrazoo.ops.library import OpLibrary, kernel_policy, kernel_status, set_kernel_policy
+    from ultrazoo.ops.prepare import prepare, prepare_blocks
     from ultrazoo.ops.retention.op import retention
     from ultrazoo.ops.rk4.op import rk4_combine, rk4_stage
     from ultrazoo.ops.selective_scan.op import selective_scan
@@ -25,6 +26,8 @@ _HOMES = {
     "kernel_policy": "library",
     "kernel_status": "library",
     "pack_ternary": "bitlinear.op",
+    "prepare": "prepare",
+    "prepare_blocks": "prepare",
     "retention": "retention.op",
     "rk4_combine": "rk4.op",
     "rk4_stage": "rk4.op",
@@ -41,6 +44,8 @@ __all__ = [
     "kernel_policy",
     "kernel_status",
     "pack_ternary",
+    "prepare",
+    "prepare_blocks",
     "retention",
     "rk4_combine",
     "rk4_stage",

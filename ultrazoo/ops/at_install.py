@@ -6,17 +6,26 @@ first use. Like build.py, this file imports nothing of ultrazoo, nor torch.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
 
+import setuptools
 from setuptools import Extension
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 from . import build
 from .nvcc import Cuda
+
+OLDEST_SETUPTOOLS = 77
+if int(setuptools.__version__.partition(".")[0]) < OLDEST_SETUPTOOLS:
+    sys.exit(
+        f"error: setuptools: got {setuptools.__version__}, expected {OLDEST_SETUPTOOLS} or newer; "
+        f"run: pip install -U 'setuptools>={OLDEST_SETUPTOOLS}'"
+    )
+bdist_wheel: Any = importlib.import_module("setuptools.command.bdist_wheel").bdist_wheel  # which older ones lack
 
 
 def kernels(library: str, sources: Path | str) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Finds a library of compiled kernels, or builds it from its sources: at install (setup.py) or else at first use.
 
 This file and those that it imports know nothing of ultrazoo, nor of torch, because setup.py runs them before either is
-there. A build at first use goes to ``$XDG_CACHE_HOME/ultrazoo/kernels/<key>/``, a plugin's to
-``kernels-<namespace>/<key>/``: a hash of the sources and flags, and one of nvcc and its architectures when there are
-CUDA kernels. A library uses torch's stable ABI alone, so one build serves every torch from ``TORCH_ABI`` on.
+there; only a build at first use needs ``ultrazoo.caches``. It goes to ``$XDG_CACHE_HOME/ultrazoo/kernels/<key>/``, a
+plugin's to ``kernels-<namespace>/<key>/``: a hash of the sources and flags, and one of nvcc and its architectures when
+there are CUDA kernels. As torch's stable ABI alone is used, one build serves every torch from ``TORCH_ABI`` on.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from .compiling import (
     PACKAGE,
     TORCH_ABI,
     X86_FLAGS,
+    Report,
     build_key,
     check_namespace,
     compile_library,
@@ -39,8 +41,8 @@ from .compiling import (
     has_vnni,
     plan,
 )
-from .nvcc import Cuda, device_archs, find_cuda, runs_on
-from .toolkit import BuildError, CudaError, find_compiler, find_torch
+from .nvcc import Cuda, find_cuda, find_cuda_here, runs_on
+from .toolkit import BuildError, CudaError, InterruptedBuildError, find_compiler, find_torch
 
 __all__ = [
     "CXX_FLAGS",
@@ -50,9 +52,12 @@ __all__ = [
     "X86_FLAGS",
     "BuildError",
     "CudaError",
+    "InterruptedBuildError",
+    "NotBuiltError",
     "compile_library",
     "find_compiler",
     "find_cuda",
+    "find_cuda_here",
     "find_torch",
     "folders_of",
     "has_vnni",
@@ -62,7 +67,12 @@ BUILT_IN = "ultrazoo"
 AT_INSTALL = PACKAGE / "_C.so"
 KEY_MARK = b"ultrazoo-build-key:"
 KEPT_BUILDS = 8
+PRIVATE, PRIVATE_UMASK = 0o700, 0o077
 log = logging.getLogger("ultrazoo")
+
+
+class NotBuiltError(BuildError):
+    """The kernels can be built, but have not been yet, and it was not asked for."""
 
 
 @dataclass(frozen=True)
@@ -104,15 +114,26 @@ class Made:
         return self.key == key and all(runs_on(self.archs, number) for number in wanted)
 
 
-def library(broken: Path | None = None, error: str = "", of: Origin | None = None) -> Path:
+def library(
+    broken: Path | None = None,
+    error: str = "",
+    of: Origin | None = None,
+    *,
+    builds: bool = True,
+    report: Report | None = None,
+) -> Path:
     """Return the library built at install, if it fits the sources, or the cached one, built now if need be.
 
     Args:
         broken: A library that did not load, to be replaced.
         error: Why it did not.
         of: Whose; None is ultrazoo's own.
+        builds: False: build nothing.
+        report: Is called with the progress of a build.
 
     Raises:
+        NotBuiltError: There is none, one could be built, and ``builds`` is False.
+        InterruptedBuildError: The build was ended from outside.
         BuildError: There is none and none can be built.
     """
     of = of or built_in()
@@ -124,28 +145,31 @@ def library(broken: Path | None = None, error: str = "", of: Origin | None = Non
         raise BuildError(f"there are no kernel sources of {of.namespace} here, and {why}", f"reinstall {of.owner}")
     check_namespace(sources, of.namespace)
     key, cuda = build_key(sources), _cuda(sources)
-    cached = cache_folder(of.namespace) / (f"{key}-{_digest(cuda)}" if cuda else key)
     if installed:
         made = made_from(of.at_install)
         if made.serves(key, cuda):
             return of.at_install
         stale = made.key != key
         why = f"{sources} has changed since the install" if stale else "that of the install lacks CUDA kernels"
-    others = sorted(cached.parent.glob(f"{key}-*"))
-    for folder in (cached, *others) if cuda else (*others, cached):
-        ours = folder == cached or made_from(folder / "library.so").serves(key, cuda)
-        if ours and broken != folder / "library.so" and _intact(folder):
-            return folder / "library.so"
+    folder = cache_folder(of.namespace)
+    cached = folder / (f"{key}-{_digest(cuda)}" if cuda else key)
+    others = sorted(folder.glob(f"{key}-*"))
+    for found in (cached, *others) if cuda else (*others, cached):
+        ours = found == cached or made_from(found / "library.so").serves(key, cuda)
+        if ours and broken != found / "library.so" and _intact(found):
+            return found / "library.so"
+    if sys.platform == "win32":
+        raise BuildError(f"kernels are not compiled on Windows, and {why}", "use kernels: auto or reference")
+    if not builds:
+        find_compiler()
+        later = f"`ultrazoo doctor --build`, or the first command that needs them, compiles them into {cached}"
+        raise NotBuiltError(f"not compiled yet ({len(plan(sources, cuda))} files): {why}", later)
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(cached.parent / "lock"):  # another process may have built it while this one waited
+        with _lock(folder / "lock"):  # another process may have built it while this one waited
             if broken == cached / "library.so" or not _intact(cached):
-                _build_into(cached, of.namespace, sources, cuda, why)
+                _build_into(cached, of.namespace, sources, cuda, why, report)
     except OSError as problem:
-        raise BuildError(
-            f"cannot write the kernel cache {cached.parent}: {problem}",
-            "free some room there, or set XDG_CACHE_HOME to a folder that can be written",
-        ) from problem
+        raise _cannot_write(folder, problem) from problem
     return cached / "library.so"
 
 
@@ -158,7 +182,7 @@ def without_cuda(path: Path, sources: Path | None = None) -> BuildError | None:
     if failed := _record(path.parent).get("cuda"):
         return BuildError(failed["reason"], failed["fix"])
     try:
-        find_cuda(device_archs())
+        find_cuda_here()
     except BuildError as error:
         return error
     return BuildError(f"{path} was compiled without them", "reinstall it where nvcc is")
@@ -175,14 +199,30 @@ def made_from(binary: Path) -> Made:
 
 
 def cache_folder(namespace: str = BUILT_IN) -> Path:
-    """Return the folder of the builds made at first use."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ultrazoo"
-    return home / ("kernels" if namespace == BUILT_IN else f"kernels-{namespace}")
+    """Return the folder of the builds made at first use, where nobody else can write.
+
+    Raises:
+        BuildError: It cannot be made.
+    """
+    from ultrazoo.caches import UntrustedError, cache_home, private_folder
+
+    name = "kernels" if namespace == BUILT_IN else f"kernels-{namespace}"
+    try:
+        return private_folder(name)
+    except UntrustedError as error:
+        raise BuildError(f"no folder is safe to load kernels from: {error.reason}", error.fix) from error
+    except OSError as problem:
+        raise _cannot_write(cache_home() / name, problem) from problem
+
+
+def _cannot_write(folder: Path, problem: OSError) -> BuildError:
+    fix = "free some room there, or set XDG_CACHE_HOME to a folder that can be written"
+    return BuildError(f"cannot write the kernel cache {folder}: {problem}", fix)
 
 
 def _cuda(sources: Path) -> Cuda | None:
     try:
-        return find_cuda(device_archs()) if has_cuda(sources) else None
+        return find_cuda_here() if has_cuda(sources) else None
     except BuildError:
         return None  # without_cuda() tells why, when someone asks
 
@@ -193,24 +233,25 @@ def _digest(cuda: Cuda) -> str:
     return hashlib.sha256(repr((cuda, settings)).encode()).hexdigest()[:8]
 
 
-def _build_into(cached: Path, namespace: str, sources: Path, cuda: Cuda | None, why: str) -> None:
+def _build_into(cached: Path, space: str, sources: Path, cuda: Cuda | None, why: str, report: Report | None) -> None:
     compiler = find_compiler()
-    files = len(plan(sources, cuda))
-    log.info("kernels: compiling %d files of %s, once, because %s, into %s", files, sources, why, cached)
+    count = len(plan(sources, cuda))
+    log.info("kernels: compiling %d files of %s, once, because %s, into %s", count, sources, why, cached)
     start = time.monotonic()
     for unfinished in cached.parent.glob("new-*"):  # of a process that was killed: the lock is ours
         shutil.rmtree(unfinished, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=cached.parent, prefix="new-") as scratch:
         new = Path(scratch) / cached.name
-        new.mkdir()
+        new.mkdir(mode=PRIVATE)
+        (objects := cached.parent / "objects").mkdir(mode=PRIVATE, exist_ok=True)
         try:
-            files, failed = compile_what_can_be(sources, cached.parent / "objects", new / "library.so", cuda)
+            files, failed = compile_what_can_be(sources, objects, new / "library.so", cuda, report, PRIVATE_UMASK)
         except BuildError as error:
             if not error.output:
                 raise
             said = cached.parent / "errors.txt"
             said.write_text(error.output)
-            raise BuildError(error.reason, f"{error.fix} (all it said is in {said})", error.output) from error
+            raise type(error)(error.reason, f"{error.fix} (all it said is in {said})", error.output) from error
         record: dict[str, Any] = {
             "sha256": hashlib.sha256((new / "library.so").read_bytes()).hexdigest(),
             "compiler": compiler,
@@ -222,7 +263,7 @@ def _build_into(cached: Path, namespace: str, sources: Path, cuda: Cuda | None, 
             (new / "nvcc.txt").write_text(failed.output)
             fix = f"{failed.fix} (all it said is in {cached / 'nvcc.txt'}; delete that folder to try again)"
             record["cuda"] = {"reason": failed.reason, "fix": fix}
-            log.warning("kernels: those of %s are not compiled for CUDA: %s; %s", namespace, failed.reason, fix)
+            log.warning("kernels: those of %s are not compiled for CUDA: %s; %s", space, failed.reason, fix)
         (new / "build.json").write_text(json.dumps(record, indent=1) + "\n")
         if cached.exists():
             cached.rename(Path(scratch) / "old")
@@ -255,5 +296,9 @@ def _lock(path: Path) -> Iterator[None]:
     import fcntl
 
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("kernels: another process compiles into %s; waiting for it", path.parent)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

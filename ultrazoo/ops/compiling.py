@@ -11,12 +11,13 @@ import os
 import platform
 import re
 import shlex
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
 from .nvcc import Cuda, libraries
-from .toolkit import BuildError, CudaError, compile_file, find_compiler, find_torch
+from .toolkit import BuildError, Compilers, CudaError, compile_file, find_compiler, find_torch
 
 PACKAGE = Path(__file__).resolve().parents[1]
 TORCH_ABI = "0x020d000000000000"  # torch 2.13
@@ -31,6 +32,9 @@ X86_FLAGS = {
 NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-w")
 CUDA_RUNTIME = ("-lcudart_static", "-lrt", "-lpthread", "-ldl", "-Wl,--exclude-libs,libcudart_static.a")
 SUFFIXES = (".h", ".cpp", ".cu", ".cuh")
+REPORT_SECONDS = 1.0
+Report = Callable[[int, int], None]
+"""Takes the number of files that are compiled, and of all that have to be; called about once per second."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,13 @@ def check_namespace(sources: Path, namespace: str) -> None:
 
 
 def compile_library(
-    sources: Path, objects: Path, target: Path, extra: tuple[str, ...] = (), cuda: Cuda | None = None
+    sources: Path,
+    objects: Path,
+    target: Path,
+    extra: tuple[str, ...] = (),
+    cuda: Cuda | None = None,
+    report: Report | None = None,
+    umask: int = -1,
 ) -> int:
     """Compile kernel sources into ``target``, and return how many files had to be compiled.
 
@@ -139,10 +149,14 @@ def compile_library(
         target: The library, replaced in one move when it is complete.
         extra: More flags for the C++ compiler, in every file and in the link.
         cuda: Compile the CUDA kernels too, by this nvcc.
+        report: Is called with the progress.
+        umask: For the files that are written; -1 is that of this process.
 
     Raises:
         CudaError: What is compiled or linked for the CUDA kernels alone has an error.
+        InterruptedBuildError: A compiler was ended by a signal, or had no room.
         BuildError: No compiler, no torch, or an error in the sources.
+        SystemExit: A signal that ends the process came during the build.
     """
     compiler, torch, common = shlex.split(find_compiler()), find_torch(), common_of(sources)
     objects, target = objects.resolve(), target.resolve()
@@ -169,25 +183,49 @@ def compile_library(
     missing = sorted(
         (out for out in steps if not out.exists()), key=lambda out: not steps[out][1]
     )  # CUDA takes longest
-    asked = os.environ.get("MAX_JOBS", "")
-    with ThreadPoolExecutor(int(asked) if asked.isdigit() and int(asked) else os.cpu_count()) as pool:
-        list(pool.map(lambda out: compile_file(*steps[out][:2], out, steps[out][2]), missing))
     undefined = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
     link = [*compiler, "-shared", *extra, *undefined, *map(str, steps), f"-L{torch / 'lib'}", "-ltorch_cpu"]
     if cuda is not None:
         link += [*libraries(cuda.nvcc), *CUDA_RUNTIME]
-    compile_file(link, cuda is not None, target, sources)
-    for stale in set(objects.glob("*.o")) - set(steps):
+    compilers = Compilers(umask)
+    with compilers.stopped_by_signals():
+        _compile({out: steps[out] for out in missing}, compilers, report)
+        compile_file(link, cuda is not None, target, sources, compilers)
+    for stale in {*objects.glob("*.o"), *objects.glob("*.tmp")} - set(steps):  # .tmp: of a build that was killed
         stale.unlink(missing_ok=True)
     return len(missing)
 
 
-def compile_what_can_be(sources: Path, objects: Path, target: Path, cuda: Cuda | None) -> tuple[int, CudaError | None]:
+def _compile(steps: dict[Path, tuple[list[str], bool, Path]], compilers: Compilers, report: Report | None) -> None:
+    """Run the compilers, as many at a time as MAX_JOBS says, or else as there are cores."""
+    asked = os.environ.get("MAX_JOBS", "")
+    jobs = int(asked) if asked.isdigit() and int(asked) else os.cpu_count()
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            pending = {pool.submit(compile_file, *step[:2], out, step[2], compilers) for out, step in steps.items()}
+            while pending:
+                if report is not None:
+                    report(len(steps) - len(pending), len(steps))
+                done, pending = wait(pending, REPORT_SECONDS, FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+            if report is not None:
+                report(len(steps), len(steps))
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if not isinstance(error, BuildError):  # a signal handler raised it
+                compilers.stop()
+            raise
+
+
+def compile_what_can_be(
+    sources: Path, objects: Path, target: Path, cuda: Cuda | None, report: Report | None = None, umask: int = -1
+) -> tuple[int, CudaError | None]:
     """Compile sources, without the CUDA kernels where these do not compile; return how many files, and why without."""
     try:
-        return compile_library(sources, objects, target, cuda=cuda), None
+        return compile_library(sources, objects, target, cuda=cuda, report=report, umask=umask), None
     except CudaError as error:
-        return compile_library(sources, objects, target), error
+        return compile_library(sources, objects, target, report=report, umask=umask), error
 
 
 def _headers(step: Step, sources: Path, common: Path) -> list[Path]:

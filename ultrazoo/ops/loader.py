@@ -18,6 +18,7 @@ import torch
 from ultrazoo.errors import KernelUnavailableError
 from ultrazoo.ops import build, nvcc
 from ultrazoo.ops.build import BUILT_IN
+from ultrazoo.ops.progress import build_progress
 
 log = logging.getLogger("ultrazoo")
 
@@ -30,6 +31,8 @@ class Loaded:
     handle: ctypes.CDLL | None = None
     reason: str = ""
     fix: str = ""
+    pending: bool = False
+    """True where a build, which was not allowed, may change this."""
 
 
 _sources: dict[str, Path | None] = {}
@@ -38,6 +41,7 @@ _lacking: dict[tuple[str, int], str] = {}
 """Why the CUDA kernels of a namespace do not run on a GPU, "" where they do."""
 _chosen_isa = ""
 _lock = threading.Lock()
+_builds = True
 
 
 def declare(namespace: str, sources: Path | None) -> None:
@@ -56,10 +60,24 @@ def load(namespace: str = BUILT_IN) -> Loaded:
     """Find or build the library of a namespace and load it; a later call returns what the first one found."""
     with _lock:
         if namespace not in _loaded:
-            _loaded[namespace] = found = _load(namespace)
+            found = _load(namespace)
+            if found.pending:
+                return found
+            _loaded[namespace] = found
             if found.handle is not None and _chosen_isa:
                 found.handle.ultrazoo_set_cpu_isa(_chosen_isa.encode())
         return _loaded[namespace]
+
+
+@contextmanager
+def without_builds() -> Iterator[None]:
+    """Load in the body only what is there, and report of the rest that it is not compiled yet."""
+    global _builds
+    before, _builds = _builds, False
+    try:
+        yield
+    finally:
+        _builds = before
 
 
 def _load(namespace: str) -> Loaded:
@@ -69,14 +87,15 @@ def _load(namespace: str) -> Loaded:
             return Loaded(reason=f"{namespace} has no compiled kernels", fix="use kernels: auto")
         of = build.of_plugin(namespace, sources)
     try:
-        path = build.library(of=of)
-        try:
-            torch.ops.load_library(str(path))
-        except OSError as error:
-            path = build.library(broken=path, error=str(error), of=of)
-            torch.ops.load_library(str(path))
+        with build_progress() as report:
+            path = build.library(of=of, builds=_builds, report=report)
+            try:
+                torch.ops.load_library(str(path))
+            except OSError as error:
+                path = build.library(broken=path, error=str(error), of=of, builds=_builds, report=report)
+                torch.ops.load_library(str(path))
     except build.BuildError as error:
-        return Loaded(reason=error.reason, fix=error.fix)
+        return Loaded(reason=error.reason, fix=error.fix, pending=isinstance(error, build.NotBuiltError))
     except OSError as error:
         owner = "ultrazoo" if of is None else of.owner
         reason = f"the library built just now does not load: {error}"

@@ -80,6 +80,22 @@ def find_cuda(devices: Iterable[int] | None = None) -> Cuda:
     return Cuda(nvcc, version[1], archs)
 
 
+def find_cuda_here() -> Cuda:
+    """Return the nvcc for the GPUs that are here, or for what TORCH_CUDA_ARCH_LIST names.
+
+    Raises:
+        BuildError: As ``find_cuda``, or there is no GPU, and nobody said that CUDA kernels are wanted all the same.
+    """
+    devices, asked = device_archs(), os.environ.get("ULTRAZOO_CUDA", "")
+    found = find_cuda(devices)
+    if not devices and asked != "1" and not os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip():
+        raise BuildError(
+            "no NVIDIA GPU is here to compile CUDA kernels for",
+            "to compile for one elsewhere, name it in TORCH_CUDA_ARCH_LIST, as in 8.0;9.0+PTX",
+        )
+    return found
+
+
 def libraries(nvcc: str) -> list[str]:
     """Return the flags that find the libraries of nvcc's toolkit, which may be anywhere when nvcc is a wrapper."""
     found = re.search(r"^#\$ LIBRARIES=(.*)$", _ask(nvcc, "--dryrun", "-x", "cu", os.devnull), re.MULTILINE)

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ultrazoo.errors import ConfigError, UnknownNameError
+from ultrazoo.errors import ArgumentTypeError, ConfigError, UnknownNameError
 from ultrazoo.plugins import Plugin
 from ultrazoo.registry import registry
 from ultrazoo.spec import BlockSpec, OpSpec
@@ -35,7 +35,10 @@ def plan(target: str, *, quick: bool = False, options: Options | None = None) ->
     Raises:
         ConfigError: The target is unknown, or ``options`` names a block that is not part of it.
         PluginError: Two plugins offer the block.
+        ArgumentTypeError: The target is no str.
     """
+    if not isinstance(target, str):
+        raise ArgumentTypeError(f"target: got {target!r}, expected the name of a plugin, block or op")
     zoo = registry()
     options = options or {}
     chosen = plugins_of(target)

@@ -95,10 +95,20 @@ def auxiliary(spec: BlockSpec) -> Finding:
             faults.append(f"{name} is not a finite tensor")
         elif name.endswith("_loss") and (value.dim() or not value.requires_grad):
             faults.append(f"{name} is not a scalar with a gradient")
+        elif name.endswith("_factors") and not _is_product(aux, name):
+            faults.append(f"{name} is not (2, K) with {name.removesuffix('_factors')}_loss as the sum of its products")
         elif not torch.allclose(value, again[name], rtol=1e-4, atol=1e-6):
             faults.append(f"{name} depends on what stands at padding")
     what = "; ".join(faults) or f"values: {', '.join(aux) or 'none'}"
     return bounded(f"faults of the auxiliary values; {what}", float(len(faults)), 0.0)
+
+
+def _is_product(aux: Mapping[str, Tensor], name: str) -> bool:
+    """Whether the loss that ``name`` belongs to is the sum over K of the product of its rows."""
+    value, loss = aux[name], aux.get(name.removesuffix("_factors") + "_loss")
+    return (
+        loss is not None and value.shape[:1] == (2,) and value.dim() == 2 and torch.allclose(value.prod(0).sum(), loss)
+    )
 
 
 def ops_used(spec: BlockSpec) -> Finding:

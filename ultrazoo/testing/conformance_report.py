@@ -130,8 +130,9 @@ def write_verdict(plugin: Plugin, report: Report) -> Path:
         "when": report.when,
     }
     path = verdict_path(plugin.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(verdict, indent=2, ensure_ascii=False) + "\n").encode())
+    path.chmod(0o600)  # a verdict that others could have written is not believed
     return path
 
 

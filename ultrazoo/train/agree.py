@@ -2,45 +2,48 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 import torch
 from torch import nn
 
+from ultrazoo import output
 from ultrazoo.config import Config
 from ultrazoo.model import build_model
+from ultrazoo.revisions import Revisions
 from ultrazoo.train.amp import Precision
 from ultrazoo.train.checkpoint import Snapshot
 from ultrazoo.train.examine import Examination
 from ultrazoo.train.flight import FlightRecorder
 from ultrazoo.train.health import Fault
 from ultrazoo.train.runtime import RandomState
-from ultrazoo.train.signals import SignalGuard
+from ultrazoo.train.signals import STOPS, SignalGuard
 from ultrazoo.train.store import CheckpointStore
 from ultrazoo.train.team import Team
 
 ECHO_SECONDS = 5.0
 """Ctrl-C reaches a process twice: from the terminal and from torchrun. Within so many seconds that is one request."""
-STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class TeamGuard(SignalGuard):
     """Requests that reach any process become requests to all of them, at the next ``poll``.
 
+    Before ``begin`` a stop ends the process as if there were no guard: it may wait for another one in a call that
+    returns to no handler.
+
     Args:
         team: The processes.
     """
 
+    early = ()
+    echo_seconds = ECHO_SECONDS
+
     def __init__(self, team: Team) -> None:
-        super().__init__()
+        super().__init__(starting=True)
         self._team = team
         self._asked: signal.Signals | None = None
-        self._asked_at = 0.0
         self._wanted = False
 
     def poll(self) -> bool:
@@ -51,17 +54,13 @@ class TeamGuard(SignalGuard):
         self.checkpoint = self.checkpoint or bool(wanted)
         return self.stop is not None
 
-    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        if self._asked is not None and time.monotonic() - self._asked_at < ECHO_SECONDS:
-            return
-        first = self._asked is None
-        self._asked, self._asked_at = signal.Signals(number), time.monotonic()
-        if not first:
-            os._exit(128 + number)
-        if self._team.leads:
-            os.write(2, f"\n{self._asked.name}: finishing the step, then a checkpoint\n".encode())
+    def _request(self, asked: signal.Signals) -> None:
+        if self._asked is None:
+            self._asked = asked
+            if self._team.leads:
+                output.notify(f"\n{asked.name}: finishing the step, then a checkpoint\n")
 
-    def _ask_for_checkpoint(self, number: int, frame: FrameType | None) -> None:
+    def _request_checkpoint(self) -> None:
         self._wanted = True
 
 
@@ -96,11 +95,12 @@ class TeamFlights(FlightRecorder):
         folder: Where records go; made with the first.
         config: The whole configuration.
         device: The device that trains.
+        revisions: Rules of the run.
         team: The processes.
     """
 
-    def __init__(self, folder: Path, config: Config, device: torch.device, team: Team) -> None:
-        super().__init__(folder, config, device)
+    def __init__(self, folder: Path, config: Config, device: torch.device, revisions: Revisions, team: Team) -> None:
+        super().__init__(folder, config, device, revisions)
         self._team = team
 
     def write(
@@ -123,6 +123,10 @@ class TeamFlights(FlightRecorder):
             self._team.barrier()
 
 
-def flight_recorder(team: Team, folder: Path, config: Config, device: torch.device) -> FlightRecorder:
+def flight_recorder(
+    team: Team, folder: Path, config: Config, device: torch.device, revisions: Revisions
+) -> FlightRecorder:
     """The recorder for one process or many."""
-    return FlightRecorder(folder, config, device) if team.size == 1 else TeamFlights(folder, config, device, team)
+    if team.size == 1:
+        return FlightRecorder(folder, config, device, revisions)
+    return TeamFlights(folder, config, device, revisions, team)

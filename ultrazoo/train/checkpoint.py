@@ -26,15 +26,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ultrazoo.config.paths import at_home
 from ultrazoo.config.yaml import read_yaml
 from ultrazoo.errors import CheckpointError, ConfigError
-from ultrazoo.train.durable import publish, read_json, to_json, verify_folder
+from ultrazoo.train.durable import publish, read_json, require_file, to_json, verify_folder
 from ultrazoo.train.formats import State
 from ultrazoo.train.galore import state_shapes
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 CONFIG, TOKENIZER, RECEIPT = "config.yaml", "tokenizer.json", "receipt.json"
 FILES = (MODEL, OPTIMIZER, STATE, CONFIG, TOKENIZER)
+WEIGHTS = (MODEL, CONFIG, TOKENIZER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,15 @@ def verify_checkpoint(folder: Path) -> None:
     verify_folder(folder, FILES)
 
 
+def verify_weights(folder: Path) -> None:
+    """Compare the weights, their config and tokenizer with the manifest; the other files may be missing.
+
+    Raises:
+        CheckpointError: One of the three is missing, cut short or changed, or the format is of another version.
+    """
+    verify_folder(folder, WEIGHTS, alone=True)
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """Return state.json of a checkpoint.
 
@@ -91,22 +102,23 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return config.yaml of a checkpoint as plain data.
+    """Return config.yaml of a checkpoint or flight record as plain data, with its paths where its run folder is now.
 
     Raises:
         CheckpointError: The file is missing or is not a config.
     """
     path = folder / CONFIG
     try:
+        require_file(path)
         data = read_yaml(path)
-    except ConfigError as error:
+    except (OSError, ConfigError) as error:
         raise CheckpointError(f"{error}; use another checkpoint") from error
     sections = data if isinstance(data, dict) else {"config": data}
     for name, section in sections.items():
         if name != "model_class" and not isinstance(section, dict):
             got = type(section).__name__
             raise CheckpointError(f"{path}: {name}: got {got}, expected a section; use another checkpoint")
-    return sections
+    return at_home(sections, path)[0]
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -105,9 +105,10 @@ def make_display(console: Console, total_steps: int | None) -> Display:
 
 
 def summary(record: Mapping[str, Any]) -> str:
-    """``loss 6.91 lr 3.2e-04 tok/s 12,345 grad 0.81 mem 512 MB``."""
+    """``loss 6.91 lr 3.2e-04 tok/s 12,345 grad 0.81 mem 512 MB``; the loss is None if there was no target."""
+    loss = "none (no targets)" if record["loss"] is None else f"{record['loss']:.4f}"
     return (
-        f"loss {record['loss']:.4f} lr {record['lr']:.2e} tok/s {record['tokens_per_second']:,.0f} "
+        f"loss {loss} lr {record['lr']:.2e} tok/s {record['tokens_per_second']:,.0f} "
         f"grad {record['grad_norm']:.3f} mem {record['memory_bytes'] / 2**20:,.0f} MB"
     )
 
@@ -127,8 +128,8 @@ def final_table(result: Mapping[str, Any]) -> Table:
     table.add_column(style="bold")
     table.add_column(justify="right", overflow="fold")
 
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
+    def number(value: float | None, form: str, missing: str = "-") -> str:
+        return missing if value is None else format(value, form)
 
     rows = {
         "steps": number(result["steps"], ","),
@@ -137,7 +138,7 @@ def final_table(result: Mapping[str, Any]) -> Table:
         "tokens/s": number(result["tokens_per_second"], ",.0f"),
         "waiting for data": number(result["data_wait_share"], ".1%"),
         "train loss": number(result["train_loss"], ".4f"),
-        "validation loss": number(result["validation_loss"], ".4f"),
+        "validation loss": number(result["validation_loss"], ".4f", "none (no targets)"),
         "unigram entropy": number(result["unigram_entropy"], ".4f"),
         "perplexity": number(result["validation_perplexity"], ",.2f"),
         "masked accuracy": number(result["validation_accuracy"], ".2%"),

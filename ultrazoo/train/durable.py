@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ def publish(folder: Path, files: Mapping[str, Callable[[Path], Any]]) -> None:
     """
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         temporary.mkdir()
         for name, write in files.items():
             write(temporary / name)
@@ -87,8 +89,10 @@ def verify_folder(folder: Path, names: Collection[str], *, alone: bool = False) 
             f"{folder / MANIFEST}: got format_version {version!r}, expected {FORMAT_VERSION}; "
             "read it with the ultrazoo that wrote it"
         )
-    if not isinstance(files, dict) or set(names) - set(files):
-        raise CheckpointError(f"{folder / MANIFEST}: expected an entry for each of {', '.join(names)}")
+    if not isinstance(files, dict) or set(names) - set(files) or any(Path(name).name != name for name in files):
+        raise CheckpointError(
+            f"{folder / MANIFEST}: expected an entry for each of {', '.join(names)}, and names of files beside it"
+        )
     problems = []
     for name, entry in files.items():
         path = folder / name
@@ -134,25 +138,72 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace a small file in one piece."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_bytes(data)
-    flush(temporary)
+    remove(temporary)
+    with temporary.open("xb") as file:  # x: a link that someone put there is not followed
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
     flush(path.parent)
+
+
+def move_aside(path: Path) -> Path:
+    """Rename what lies at ``metrics.jsonl`` to the first free name like ``metrics.1.jsonl``, and return that."""
+    return path.rename(place_aside(path))
 
 
 def place_aside(path: Path) -> Path:
     """Return the first free name like ``metrics.1.jsonl`` for what lies at ``metrics.jsonl``."""
     number = 1
-    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+    while os.path.lexists(aside := path.with_name(f"{path.stem}.{number}{path.suffix}")):
         number += 1
     return aside
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there; what a link leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed process left half written or half removed; the folder must be this process's own."""
     for path in list(folder.iterdir()):
         if LEFTOVER.fullmatch(path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
+
+
+def odd_kind(path: Path, *, folder: bool = False) -> str | None:
+    """Return what lies at a path if it is not a regular file (or a folder); None if it is one, or nothing is there.
+
+    A link is never what a run itself wrote, whatever it leads to.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISLNK(mode):
+        return f"a symbolic link to {path.readlink()}"
+    kinds = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    kind = stat.S_IFMT(mode)
+    return None if kind == (stat.S_IFDIR if folder else stat.S_IFREG) else kinds.get(kind, "a device")
+
+
+def open_own(path: Path, flags: int) -> int:
+    """Open a file of the run folder and return its descriptor; a link is not followed, a named pipe not waited for."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+
+
+def require_file(path: Path) -> None:
+    """Refuse what is no regular file and no link to one, such as a named pipe, which reading would wait for.
+
+    Raises:
+        OSError: It is something else.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, f"is {odd_kind(path)}, expected a file", str(path))
 
 
 def to_json(data: Any) -> str:
@@ -172,6 +223,7 @@ def read_json(path: Path, form: Any, cure: str = "use another checkpoint") -> di
         CheckpointError: The file is missing, too large, damaged or of another form.
     """
     try:
+        require_file(path)
         with path.open("rb") as file:
             text = file.read(LONGEST_JSON + 1)
         if len(text) > LONGEST_JSON:

@@ -80,7 +80,9 @@ class Examination:
         return math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
-def examine(model: nn.Module, batches: Sequence[Batch], precision: Precision) -> Examination:
+def examine(
+    model: nn.Module, batches: Sequence[Batch], precision: Precision, *, exact_balance: bool = False
+) -> Examination:
     """Run forward and backward over the micro-batches of one step; gradients are removed, weights are not touched.
 
     Random numbers are drawn from the streams as they stand. An operator is what torch dispatches: inside a compiled
@@ -90,6 +92,7 @@ def examine(model: nn.Module, batches: Sequence[Batch], precision: Precision) ->
         model: The model, in the mode that it is to be examined in.
         batches: The micro-batches.
         precision: Device and dtype.
+        exact_balance: As in training; see ``accumulate``.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     blocks = {block_of(name) for name, _ in named}
@@ -104,7 +107,7 @@ def examine(model: nn.Module, batches: Sequence[Batch], precision: Precision) ->
         watch = _Watch(stack.enter_context(ModuleTracker()))
         watch.add_weights(model)
         with watch:
-            sums, _ = accumulate(model, batches, precision)
+            sums, _ = accumulate(model, batches, precision, exact_balance=exact_balance)
         gradients = [parameter.grad for _, parameter in named if parameter.grad is not None]
         if precision.scaled:
             torch._foreach_mul_(gradients, 1 / precision.scaler.get_scale())

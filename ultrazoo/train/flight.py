@@ -13,6 +13,8 @@ A folder is written under a temporary name, flushed and renamed. Nothing in it i
 from __future__ import annotations
 
 import math
+import os
+import re
 import shutil
 from collections import deque
 from collections.abc import Sequence
@@ -27,9 +29,10 @@ from torch import Tensor, nn
 from ultrazoo.config import Config
 from ultrazoo.errors import CheckpointError, UltrazooError
 from ultrazoo.ops.library import get_kernel_policy
+from ultrazoo.revisions import Revisions
 from ultrazoo.train.amp import Precision
 from ultrazoo.train.checkpoint import CONFIG, MODEL, model_tensors, on_host, read_tensors
-from ultrazoo.train.durable import publish, read_json, remove_leftovers, to_json, verify_folder
+from ultrazoo.train.durable import MANIFEST, odd_kind, publish, read_json, remove_leftovers, to_json, verify_folder
 from ultrazoo.train.examine import Examination, examine
 from ultrazoo.train.formats import StepRecord
 from ultrazoo.train.health import Fault
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 
 BATCH, RECORD = "batch.safetensors", "record.json"
 FILES = (BATCH, MODEL, RECORD, CONFIG)
+NAME = re.compile(r"step-\d+(-\d+)?")
 KEPT = 3
 """Flight records that a run folder keeps, and that one process writes before the one of its stop."""
 
@@ -65,10 +69,11 @@ class FlightRecorder:
         folder: Where records go; made with the first.
         config: The whole configuration.
         device: The device that trains.
+        revisions: Rules of the run.
     """
 
-    def __init__(self, folder: Path, config: Config, device: torch.device) -> None:
-        self.folder, self.config, self.device = folder, config, device
+    def __init__(self, folder: Path, config: Config, device: torch.device, revisions: Revisions) -> None:
+        self.folder, self.config, self.device, self.revisions = folder, config, device, revisions
         self._moments: deque[Moment] = deque()
         self._written = 0
 
@@ -110,7 +115,8 @@ class FlightRecorder:
         now = RandomState(self.device)
         moment.random.restore()
         try:
-            seen = examine(model, moment.batches, precision)
+            exact = self.config.training.exact_balance_loss
+            seen = examine(model, moment.batches, precision, exact_balance=exact)
         finally:
             now.restore()
         path = self._free_folder(fault.step)
@@ -124,6 +130,8 @@ class FlightRecorder:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"{self.folder}: cannot be made: {error}") from error
+        if kind := odd_kind(self.folder, folder=True):
+            raise CheckpointError(f"{self.folder}: is {kind}, expected a folder of the run; remove it")
         publish(
             path,
             {
@@ -157,6 +165,7 @@ class FlightRecorder:
             "weights": _texts(weight_statistics(parameters)),
             "gradients": _texts(seen.gradients),
             "activations": _texts(seen.activations),
+            "revisions": dict(self.revisions),
             "kernel_policy": get_kernel_policy(),
             "kernels": kernels_used(self.config, self.device),
             "environment": environment(self.device),
@@ -165,14 +174,15 @@ class FlightRecorder:
 
     def _free_folder(self, step: int) -> Path:
         path, number = self.folder / f"step-{step:06d}", 1
-        while path.exists():
+        while os.path.lexists(path):
             number += 1
             path = self.folder / f"step-{step:06d}-{number}"
         return path
 
     def _tidy(self, newest: Path) -> None:
         remove_leftovers(self.folder)
-        others = sorted(path for path in self.folder.iterdir() if path != newest and path.name.startswith("step-"))
+        own = (path for path in self.folder.iterdir() if NAME.fullmatch(path.name) and not path.is_symlink())
+        others = sorted(path for path in own if path != newest and (path / MANIFEST).is_file())
         for path in others[: -(KEPT - 1)]:
             shutil.rmtree(path)
 

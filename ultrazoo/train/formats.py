@@ -16,6 +16,7 @@ from ultrazoo.train.schedule import Progress
 keep_unknown = with_config(ConfigDict(extra="allow"))
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Word = Annotated[int, Field(ge=0, lt=2**32)]
+Revisions = dict[str, Annotated[int, Field(ge=1, le=2**31 - 1)]]
 ProgressFields = TypedDict("ProgressFields", get_type_hints(Progress), total=False)  # type: ignore[misc]
 with_config(ConfigDict(extra="forbid"))(ProgressFields)
 
@@ -74,6 +75,8 @@ class Position(TypedDict, total=False):
     window_rows: Annotated[int, Field(ge=1, le=2**63 - 1)]
     plan: dict[str, Any]
     fingerprint: str
+    hashing: Annotated[int, Field(ge=1)]
+    discovery: Annotated[int, Field(ge=1)]
     tokenizer_sha256: str
     seen: dict[str, int]
     skipped: dict[str, int]
@@ -86,6 +89,7 @@ class State(TypedDict, total=False):
     """state.json of a checkpoint."""
 
     run: str
+    revisions: Revisions
     step: Count
     epoch: float
     validation_loss: float | None
@@ -180,6 +184,8 @@ class Start(TypedDict):
     changed: NotRequired[list[str]]
     plan: NotRequired[Goal]
     processes: NotRequired[int]
+    run_dir: NotRequired[str]
+    files: NotRequired[dict[str, str]]
 
 
 @keep_unknown
@@ -208,6 +214,7 @@ class StepRecord(TypedDict):
     dtype: str
     loss_scale: float
     random: Random
+    revisions: NotRequired[Revisions]
     kernel_policy: Literal["auto", "compiled", "reference"]
     kernels: list[Kernel]
     environment: Machine

@@ -11,8 +11,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from ultrazoo.arguments import file_path
 from ultrazoo.config.needs import missing
 from ultrazoo.errors import CheckpointError
+from ultrazoo.revisions import RULES
 from ultrazoo.train.checkpoint import MODEL, OPTIMIZER, RECEIPT, read_config, read_state, verify_checkpoint
 from ultrazoo.train.durable import MANIFEST, read_json
 from ultrazoo.train.folder import RunFolder
@@ -36,6 +38,8 @@ class CheckpointReport:
     weights: int | None = None
     """Numbers in the model's tensors, each shared one counted once; so for the optimiser."""
     optimizer_numbers: int | None = None
+    revisions: dict[str, int] = field(default_factory=dict)
+    """Revision of each rule that the run follows; one that it does not mention is at 1."""
     receipt: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -75,7 +79,7 @@ class RunReport:
         return [report.problem for report in self.checkpoints if report.problem is not None]
 
 
-def inspect_path(path: Path) -> CheckpointReport | RunReport:
+def inspect_path(path: str | Path) -> CheckpointReport | RunReport:
     """Look into a checkpoint or a run folder.
 
     Args:
@@ -83,7 +87,9 @@ def inspect_path(path: Path) -> CheckpointReport | RunReport:
 
     Raises:
         CheckpointError: It is neither.
+        ArgumentError: It is no path.
     """
+    path = file_path("path", path)
     if (path / MANIFEST).is_file() or (path / MODEL).is_file():
         return inspect_checkpoint(path)
     root = path if path.name == "checkpoints" else path / "checkpoints"
@@ -118,6 +124,7 @@ def inspect_checkpoint(folder: Path) -> CheckpointReport:
         validation_loss=state.get("validation_loss"),
         weights=_numbers(folder / MODEL),
         optimizer_numbers=_numbers(folder / OPTIMIZER),
+        revisions={name: 1 for name in RULES if state} | state.get("revisions", {}),
         receipt=receipt,
         config=config,
     )
@@ -129,7 +136,7 @@ def inspect_run(run_dir: Path) -> RunReport:
     pointers = {}
     for name in ("latest", "best"):
         pointer = root / name
-        pointers[name] = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+        pointers[name] = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else None
     flights = sorted((run_dir / "flight").glob("step-*")) if (run_dir / "flight").is_dir() else []
     aside = sorted(path for path in root.iterdir() if ASIDE.fullmatch(path.name)) if root.is_dir() else []
     return RunReport(
@@ -158,6 +165,8 @@ def _receipt_of_state(state: dict[str, Any]) -> dict[str, Any]:
 
 def _numbers(path: Path) -> int | None:
     """Numbers in a safetensors file, by its header; None if there is none."""
+    if not path.is_file():
+        return None
     try:
         with safe_open(path, framework="pt") as file:
             return sum(math.prod(file.get_slice(name).get_shape()) for name in list(file.keys()))

@@ -16,6 +16,7 @@ import ultrazoo
 from ultrazoo.config import Config
 from ultrazoo.errors import DataError, NonFiniteError
 from ultrazoo.model import MaskedLM
+from ultrazoo.revisions import Revisions, current_revisions
 from ultrazoo.train.agree import flight_recorder
 from ultrazoo.train.amp import make_precision
 from ultrazoo.train.checkpoint import Snapshot, read_state
@@ -51,6 +52,7 @@ class Trainer:
         store: Where checkpoints go.
         display: What the user sees.
         team: The processes that train together; None: this one alone.
+        revisions: Rules of the run; None: those of a new one.
     """
 
     def __init__(
@@ -62,10 +64,12 @@ class Trainer:
         store: CheckpointStore,
         display: Display,
         team: Team | None = None,
+        revisions: Revisions | None = None,
     ) -> None:
         self.config, self.training = config, config.training
         self.model, self.data, self.plan, self.store, self.display = model, data, plan, store, display
         self.team = team or Team()
+        self.revisions = current_revisions() if revisions is None else revisions
         self.stepped, self.parameters = self.team.take(model)
         self.names: dict[Tensor, str] = {p: name for name, p in self.parameters}
         self.device = self.parameters[0][1].device
@@ -75,7 +79,7 @@ class Trainer:
         display.say(summary)
         self.precision = make_precision(self.device, self.training.use_amp)
         self.finite = FiniteGuard(self.training.nan_check_interval, self.device)
-        self.flights = flight_recorder(self.team, store.root.parent / "flight", config, self.device)
+        self.flights = flight_recorder(self.team, store.root.parent / "flight", config, self.device, self.revisions)
         self.recovery = Recovery(self.training, self.finite, self.flights, store, display.say)
         self.watch = Watch(config.model.top_k_experts)
         self.progress, self.window = Progress(), Window()
@@ -90,6 +94,7 @@ class Trainer:
         self._loss = self._norm = torch.zeros((), device=self.device)
         self._stats: dict[str, Tensor] = {}
         self._rate = 0.0
+        self._warned = False
         self._mark = (0, 0.0)
 
     def run(self, guard: SignalGuard) -> None:
@@ -98,6 +103,7 @@ class Trainer:
         Raises:
             StoppedError: A signal asked for it; the checkpoint is written.
         """
+        guard.begin()
         training, progress = self.training, self.progress
         started = time.perf_counter() - progress.elapsed_seconds
         first, begun = self._share(), progress.elapsed_seconds
@@ -106,9 +112,13 @@ class Trainer:
         cut_short = progress.step > 0 and progress.validated_step != progress.step
         if cut_short and self._due(training.eval_every_n_steps, first >= 1):
             self.validate(guard)
-        last = first >= 1
+        last, compiles = first >= 1, self.training.compile
         while not last and guard.stop is None:
+            begins = time.perf_counter()
             (self.instead_of_step or self.step)()
+            if compiles:  # torch.compile compiles in the first step of a process, which is not time of the run
+                compiles, started = False, started + time.perf_counter() - begins
+                self._mark = (progress.tokens, progress.train_seconds)
             guard.poll()
             progress.elapsed_seconds = self.team.clock(time.perf_counter() - started)
             share = self._share()
@@ -158,7 +168,8 @@ class Trainer:
 
     def _backward(self, batches: list[Batch], totals: Totals | None = None) -> None:
         """Leave the gradient of the whole step's mean loss in the parameters."""
-        sums, self._stats = accumulate(self.stepped, batches, self.precision, self.team, totals)
+        exact = self.training.exact_balance_loss
+        sums, self._stats = accumulate(self.stepped, batches, self.precision, self.team, totals, exact_balance=exact)
         self._loss = sums.pop("objective")
         self.window.add(sums)
 
@@ -211,6 +222,12 @@ class Trainer:
             last = self.last_checkpoint or "none"
             raise NonFiniteError(f"step {step}: {error}; last good checkpoint: {last}") from error
         if figures is None:
+            if guard.stop is None:
+                tokens = sum(batch.num_tokens for batch in self._validation)
+                self.display.say(
+                    f"warning: step {step}: no validation loss: none of the {tokens:,} held-out tokens is a target; "
+                    "raise training.validation_fraction or training.eval_mlm_probability, or add rows"
+                )
             return
         self.progress.validation, self.progress.validated_step = figures, step
         named = {f"validation_{name}": value for name, value in figures.items()}
@@ -234,6 +251,7 @@ class Trainer:
         self.team.leader_says(lambda: require_finite({**model, **optimizer}, f"step {step}"))
         state = {
             "run": self.run_id,
+            "revisions": dict(self.revisions),
             "step": step,
             "epoch": self.data.epoch,
             "validation_loss": self.progress.validation_loss,
@@ -314,6 +332,9 @@ class Trainer:
         tokens, seconds = progress.tokens - self._mark[0], progress.train_seconds - self._mark[1]
         self._mark = (progress.tokens, progress.train_seconds)
         record: dict[str, Any] = {"step": progress.step, "epoch": self.data.epoch, **means}
+        if not self.window.losses:
+            record["loss"] = None
+            self._warn_of_no_targets()
         record |= {"lr": self._rate, "grad_norm": self._norm.item(), "tokens": progress.tokens}
         record |= {"tokens_per_second": tokens / seconds if seconds else 0.0, "seconds": progress.elapsed_seconds}
         record |= {"data_wait_share": progress.wait_seconds / max(progress.train_seconds, 1e-9)}
@@ -325,6 +346,15 @@ class Trainer:
         for line, symptom in self.watch.look(progress.step, self.window.losses, record.get("stats", {})):
             self.display.say(f"warning: {line}")
             self._report({"step": progress.step, **symptom})
+
+    def _warn_of_no_targets(self) -> None:
+        """Say once per process what a record without a target means."""
+        if not self._warned:
+            self._warned = True
+            self.display.say(
+                f"warning: step {self.progress.step}: no training loss: none of the tokens since the last record is a "
+                "target; raise training.mlm_probability, training.batch_size or training.log_every_n_steps"
+            )
 
     def _report(self, record: dict[str, Any]) -> None:
         for reporter in self.reporters:

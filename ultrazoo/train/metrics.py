@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from ultrazoo.errors import UltrazooError
-from ultrazoo.train.durable import flush
+from ultrazoo.train.durable import flush, open_own
 from ultrazoo.train.records import mark_of, read_lines
 
 
@@ -60,7 +60,7 @@ class JsonLines:
         with writing(path):
             before = read_lines(path)
             self._count, self._last = len(before), before[-1] if before else b""
-            self._file = path.open("ab")
+            self._file = os.fdopen(open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab")
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import statistics
 import time
@@ -19,6 +20,7 @@ from torch.autograd.profiler import record_function
 
 from ultrazoo.errors import ConfigError
 from ultrazoo.model import MaskedLM
+from ultrazoo.train.durable import move_aside
 
 if TYPE_CHECKING:
     from ultrazoo.train.loop import Trainer
@@ -91,7 +93,7 @@ class StepProfiler:
     Args:
         steps: Steps of this process to look at, counted from 1.
         trainer: The trainer, on a CPU, alone.
-        trace: Chrome trace to write.
+        trace: Chrome trace to write; an earlier one is moved aside.
         console: Takes the table.
 
     Raises:
@@ -154,6 +156,8 @@ class StepProfiler:
         if not self.found.steps:
             return
         collect(profile.events(), self._intervals, self.found)
+        if os.path.lexists(self.trace):
+            move_aside(self.trace)
         profile.export_chrome_trace(str(self.trace))
         self.console.print(table(self.found))
         self.console.print(f"profile: trace for chrome://tracing or ui.perfetto.dev: {self.trace}", soft_wrap=True)

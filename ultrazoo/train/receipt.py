@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import torch
 
 import ultrazoo
 from ultrazoo.config import Config
+from ultrazoo.distributions import version_of
 from ultrazoo.ops.library import get_kernel_policy, kernel_status, library_of
 from ultrazoo.plugins import CORE
 from ultrazoo.registry import registry
@@ -41,7 +41,7 @@ def make_receipt(config: Config, device: torch.device, data: DataModule, progres
         "train_loss": progress.train_loss,
         "validation": progress.validation if progress.validated_step == progress.step else {},
         **environment(device),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": {name: version_of(name) for name in PACKAGES},
         "plugins": plugins_used(config),
         "kernel_policy": get_kernel_policy(),
         "kernels": kernels_used(config, device),

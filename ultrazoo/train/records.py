@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ultrazoo.train.checkpoint import read_state
-from ultrazoo.train.durable import place_aside, write_bytes
+from ultrazoo.train.durable import move_aside, place_aside, write_bytes
 
 Record = dict[str, Any]
 Say = Callable[[str], None]
@@ -80,7 +80,7 @@ def set_aside(path: Path) -> Path | None:
     """Rename the metrics of an earlier run that left no checkpoint, so that nothing is overwritten."""
     if not path.is_file() or path.stat().st_size == 0:
         return None
-    return path.rename(place_aside(path))
+    return move_aside(path)
 
 
 def take_over(checkpoint: Path, target: Path, say: Say) -> list[Record]:

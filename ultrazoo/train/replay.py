@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ultrazoo.arguments import file_path
 from ultrazoo.config import config_from_dict
 from ultrazoo.data.batch import Batch
 from ultrazoo.errors import ConfigError
 from ultrazoo.model import build_model
 from ultrazoo.ops.library import kernel_policy
+from ultrazoo.revisions import saved_revisions
 from ultrazoo.train.amp import Precision
 from ultrazoo.train.checkpoint import load_model, read_config
 from ultrazoo.train.examine import Examination, examine
@@ -78,7 +80,9 @@ class Replay:
         return f"{result}; so the fault comes with {', '.join(causes)}{hint}"
 
 
-def replay(folder: Path, *, kernels: str | None = None, dtype: str | None = None, device: str | None = None) -> Replay:
+def replay(
+    folder: str | Path, *, kernels: str | None = None, dtype: str | None = None, device: str | None = None
+) -> Replay:
     """Run the step of a flight record again, forwards and backwards, and follow what is not finite to its origin.
 
     Args:
@@ -88,20 +92,22 @@ def replay(folder: Path, *, kernels: str | None = None, dtype: str | None = None
         device: A device; None: as recorded if it is there, else the CPU.
 
     Raises:
-        UltrazooError: The record is missing or damaged.
+        UltrazooError: The record is missing or damaged, or made under rules that this version cannot follow.
         ConfigError: An argument or the record's config cannot be used here.
         KernelUnavailableError: ``compiled`` kernels are asked for and there are none.
     """
     for name, value, known in (("--kernels", kernels, POLICIES), ("--dtype", dtype, DTYPES)):
         if value is not None and value not in known:
             raise ConfigError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
+    folder = file_path("folder", folder)
     flight = read_flight(folder)
     record, config = flight.record, config_from_dict(read_config(folder), str(folder))
+    saved_revisions(folder, record.get("revisions", {}), config.to_dict())
     used = _in_use(record["kernel_policy"], record["kernels"])
     recorded = Way(used, record["dtype"], record["environment"]["device"])
     wide = (dtype or recorded.dtype) == "float64"
     policy = kernels or ("reference" if wide else record["kernel_policy"])
-    where = device or (recorded.device if _is_here(recorded.device) else "cpu")
+    where = (recorded.device if _is_here(recorded.device) else "cpu") if device is None else device
     threads = record["environment"]["num_threads"]
     training = config.training.model_copy(update={"device": where, "kernels": "auto", "num_threads": threads})
     with prepared(training) as place, kernel_policy(policy):  # type: ignore[arg-type]
@@ -118,7 +124,7 @@ def replay(folder: Path, *, kernels: str | None = None, dtype: str | None = None
             for tensors, count in zip(flight.batches, record["num_tokens"], strict=True)
         ]
         set_rng_state(record["random"], place)
-        seen = examine(model.train(), batches, precision)
+        seen = examine(model.train(), batches, precision, exact_balance=training.exact_balance_loss)
     return Replay(
         step=record["step"],
         loss=record["loss"],

@@ -8,9 +8,8 @@ from typing import Any
 
 from ultrazoo.config import Config, ModelConfig, TrainingConfig
 from ultrazoo.errors import CheckpointError, ConfigError
+from ultrazoo.revisions import saved_revisions
 from ultrazoo.train.checkpoint import (
-    CONFIG,
-    MODEL,
     OPTIMIZER,
     STATE,
     TOKENIZER,
@@ -18,8 +17,9 @@ from ultrazoo.train.checkpoint import (
     read_state,
     read_tensors,
     verify_checkpoint,
+    verify_weights,
 )
-from ultrazoo.train.durable import MANIFEST, sha256, verify_folder
+from ultrazoo.train.durable import MANIFEST, sha256
 from ultrazoo.train.store import CheckpointStore, step_of
 
 SHAPELESS = {"dropout", "router_aux_loss_coef", "router_z_loss_coef", "initializer_range"}
@@ -28,7 +28,6 @@ UNREMARKABLE = {"output_dir", "report_to", "log_every_n_steps"}
 """Training fields whose change needs no line."""
 EXACT = ("step", "progress", "window", "data", "rng", "scaler", "num_threads")
 RANDOM = ("python", "numpy", "torch")
-WEIGHTS = (MODEL, CONFIG, TOKENIZER)
 
 
 def find_checkpoint(resume: str | None, store: CheckpointStore, say: Callable[[str], None]) -> Path | None:
@@ -88,7 +87,7 @@ def find_weights(resume: str | None, store: CheckpointStore) -> Path:
         )
     _require_empty(store)
     path = _named(str(resume))
-    verify_folder(path, WEIGHTS, alone=True)
+    verify_weights(path)
     return path
 
 
@@ -154,7 +153,7 @@ def _named(resume: str) -> Path:
 def _weights_hint(path: Path) -> str:
     """What can still be done with a damaged checkpoint; empty when its weights are lost too."""
     try:
-        verify_folder(path, WEIGHTS, alone=True)
+        verify_weights(path)
     except CheckpointError:
         return ""
     return "; its weights are whole: --weights-only begins a new run with them"
@@ -199,6 +198,30 @@ def check_match(folder: Path, config: Config, *, tokenizer_sha256: str, data_fin
             problems.append(f"{key}: checkpoint {state.get(key)!r}, this run {new!r}")
     _refuse(folder, problems)
     return notes
+
+
+def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return dotted names of the model and training fields that differ between the configs of two checkpoints."""
+    sections = {"model": _defaults(ModelConfig), "training": _defaults(TrainingConfig)}
+    return [
+        f"{section}.{key}"
+        for section, defaults in sections.items()
+        for key, _, _ in _differences(old[section], new[section], defaults)
+    ]
+
+
+def revisions_of(folder: Path) -> dict[str, int]:
+    """Return the revisions of the rules by which a run continues from a checkpoint.
+
+    Raises:
+        CheckpointError: This version cannot follow one of them.
+    """
+    saved = read_config(folder)
+    config = {
+        "model": _defaults(ModelConfig) | saved.get("model", {}),
+        "training": _defaults(TrainingConfig) | saved.get("training", {}),
+    }
+    return saved_revisions(folder, read_state(folder).get("revisions", {}), config)
 
 
 def _compare_models(folder: Path, config: Config) -> tuple[list[str], list[str]]:

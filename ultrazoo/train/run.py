@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,18 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from ultrazoo.arguments import file_path
 from ultrazoo.config import Config, TrainingConfig
 from ultrazoo.config.paths import anchored, spelled_as
 from ultrazoo.data import build_data
 from ultrazoo.data.batch import Share
 from ultrazoo.model import build_model
+from ultrazoo.ops import prepare_blocks
+from ultrazoo.output import only_messages
+from ultrazoo.registry import registry
+from ultrazoo.revisions import current_revisions, notes_on
 from ultrazoo.train.agree import TeamGuard, TeamStore
-from ultrazoo.train.checkpoint import load_model, read_config
+from ultrazoo.train.checkpoint import load_model, read_config, read_state
 from ultrazoo.train.display import PlainDisplay, final_table, make_display
 from ultrazoo.train.folder import RunFolder
 from ultrazoo.train.galore import load_projector
@@ -25,10 +31,10 @@ from ultrazoo.train.memory import memory_told
 from ultrazoo.train.metrics import JsonLines
 from ultrazoo.train.profile import StepProfiler
 from ultrazoo.train.records import Record, set_aside, take_over
-from ultrazoo.train.resume import check_match, check_weights, find_checkpoint, find_weights
+from ultrazoo.train.resume import check_match, check_weights, find_checkpoint, find_weights, revisions_of
 from ultrazoo.train.runtime import environment, prepared
-from ultrazoo.train.schedule import make_plan
-from ultrazoo.train.signals import SignalGuard, nothing_to_save
+from ultrazoo.train.schedule import make_plan, note_on_batch
+from ultrazoo.train.signals import SignalGuard
 from ultrazoo.train.store import CheckpointStore
 from ultrazoo.train.stretch import plan_of
 from ultrazoo.train.team import joined
@@ -47,10 +53,11 @@ def require_packages(training: TrainingConfig) -> None:
         load_package()
 
 
+@only_messages()
 def train(
     config: Config,
     *,
-    run_dir: Path,
+    run_dir: str | Path,
     resume: str | None = None,
     weights_only: bool = False,
     profile: range | None = None,
@@ -77,18 +84,22 @@ def train(
         StoppedError: A signal ended the run; its checkpoint is written.
         LostProcessError: Of the processes that torchrun started, one is gone or does not answer.
         FollowerError: The first of them ended, and says why.
+        ArgumentError: ``run_dir`` is no path.
     """
+    run_dir = file_path("run_dir", run_dir)
     config = config.model_copy(update={"training": anchored(config.training)})
     with memory_told(), ExitStack() as stack:
         team, training = stack.enter_context(joined(config.training))
+        guard = stack.enter_context(SignalGuard(starting=True) if team.size == 1 else TeamGuard(team))
         console = Console(quiet=True) if not team.leads else console or Console(stderr=True)
         say = PlainDisplay(console, None).say
         require_packages(training)
         folder = RunFolder(run_dir)
         team.leader_says(lambda: stack.enter_context(folder) and None)
-        team.leader_says(lambda: folder.mend(say))
-        stack.enter_context(nothing_to_save())
+        team.leader_says(lambda: folder.claim(config.to_yaml(), training.tokenizer, say))
         device = stack.enter_context(prepared(training))
+        blocks = [registry().block(kind, name) for kind, name in config.model.blocks_used]
+        team.in_turn(lambda: prepare_blocks(blocks))  # before the clock, and any timeout of the processes, runs
         store = CheckpointStore(folder.checkpoints, training.max_rolling_checkpoints, training.num_best_checkpoints)
         start = None if weights_only else team.leader_says(lambda: find_checkpoint(resume, store, say))
         if resume == "auto" and start is None and (again := team.leader_says(folder.first_weights)):
@@ -97,18 +108,24 @@ def train(
         weights = team.leader_says(lambda: find_weights(resume, store)) if weights_only else None
         team.leader_says(store.tidy)
         job = team.leader_says(lambda: uuid.uuid4().hex)
-        data = team.in_turn(lambda: build_data(training, config.model.vocab_size, say, job))
+        revisions = current_revisions() if start is None else revisions_of(start)
+        saved: Mapping[str, Any] | None = None if start is None else read_state(start)["data"]
+        data = team.in_turn(lambda: build_data(training, config.model.vocab_size, say, job, revisions, saved))
         data.share = Share(team.rank, team.size)
         if weights is not None:
             check_weights(weights, config, tokenizer_sha256=data.tokenizer_sha256)
         changed: list[str] = []
-        if start is not None:
-            hashes = {"tokenizer_sha256": data.tokenizer_sha256, "data_fingerprint": data.fingerprint}
+        if start is not None and saved is not None:
+            hashes = {"tokenizer_sha256": data.tokenizer_sha256, "data_fingerprint": data.fingerprint_as_in(saved)}
             alike = spelled_as(config.training, read_config(start).get("training", {}))
             changed = check_match(start, config.model_copy(update={"training": alike}), **hashes)
             for note in changed:
                 say(f"resume: changed since the checkpoint: {note}")
+            for note in notes_on(revisions):
+                say(f"resume: {note}")
         plan = make_plan(training, data.rows_per_epoch)
+        if note := note_on_batch(training, data.rows_per_epoch):
+            say(note)
         display = make_display(console, plan.total_steps)
         stack.callback(display.close)
         model = build_model(config.model)
@@ -118,7 +135,7 @@ def train(
             load_model(weights, model)
             display.say(f"weights from {weights}; optimiser, random numbers, data and step begin anew")
         shared = store if team.size == 1 else TeamStore(store, team)
-        trainer = Trainer(config, model.to(device), data, plan, shared, display, team)
+        trainer = Trainer(config, model.to(device), data, plan, shared, display, team, revisions)
         trainer.run_id = job
         if start is not None:
             trainer.restore(start)
@@ -133,8 +150,9 @@ def train(
         receipt["weights_from"] = str(weights.resolve()) if weights else None
         receipt["changed"], receipt["plan"] = changed, plan_of(training)
         receipt["processes"], receipt["distributed"] = team.size, team.kind
+        receipt["run_dir"] = str(run_dir.absolute())
+        team.leader_says(lambda: folder.describe(config.to_yaml(), data.vocabulary.text, receipt, display.say))
         if team.leads:
-            folder.describe(config.to_yaml(), data.vocabulary.text, receipt)
             trainer.reporters.append(JsonLines(folder.metrics))
             if "tensorboard" in training.report_to:
                 trainer.reporters.append(TensorBoard(run_dir, step, kept))
@@ -146,7 +164,7 @@ def train(
             stack.callback(profiler.finish)
         stack.enter_context(memory_told(lambda: trainer.last_checkpoint))
         try:
-            trainer.run(stack.enter_context(SignalGuard() if team.size == 1 else TeamGuard(team)))
+            trainer.run(guard)
         finally:
             if data.left_out:
                 display.say(f"data: skipped {data.left_out}")

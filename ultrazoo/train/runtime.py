@@ -18,6 +18,7 @@ import torch
 
 import ultrazoo
 from ultrazoo.config import TrainingConfig
+from ultrazoo.config.devices import require_device
 from ultrazoo.errors import CheckpointError, ConfigError
 from ultrazoo.ops import set_kernel_policy
 
@@ -27,24 +28,32 @@ FILLING: Any = torch.utils.deterministic
 """Determinism would fill every new tensor with NaN first; that is for finding bugs, and slow."""
 
 
-def pick_device(wanted: str) -> torch.device:
-    """Return the device of a config: ``auto`` takes cuda, else mps, else cpu.
+def pick_device(wanted: str | torch.device, where: str = "training.device") -> torch.device:
+    """Return the device of a name: ``auto`` takes cuda, else mps, else cpu.
+
+    Args:
+        wanted: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        where: Name of the setting, for messages.
 
     Raises:
-        ConfigError: The device is not there.
+        ConfigError: No device is called so, or it is not there.
     """
-    if wanted == "auto":
+    try:
+        name = require_device(str(wanted))
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if name == "auto":
         has_mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
-    device = torch.device(wanted)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    kind, _, index = name.partition(":")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"training.device: got {wanted!r}, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
+            f"{where}: got {name!r}, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
             "device(s); use cpu or auto, or install a CUDA build of torch"
         )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("training.device: got 'mps', but this torch sees no Apple GPU; use cpu or auto")
-    return device
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"{where}: got 'mps', but this torch sees no Apple GPU; use cpu or auto")
+    return torch.device(name)
 
 
 def keep_memory() -> bool:

@@ -119,6 +119,18 @@ class Plan:
         return training.learning_rate * factor
 
 
+def note_on_batch(training: TrainingConfig, rows_per_epoch: int) -> str:
+    """What a step of more rows than the data have means; empty if it has no more."""
+    size, parts = training.batch_size, training.gradient_accumulation_steps
+    if size * parts <= rows_per_epoch:
+        return ""
+    factors = f" (batch_size {size:,} x gradient_accumulation_steps {parts:,})" if parts > 1 else ""
+    return (
+        f"warning: training.batch_size: a step takes {size * parts:,} rows{factors}, but one pass over the data has "
+        f"{rows_per_epoch:,}; every step repeats rows; lower {'one of them' if parts > 1 else 'it'}, or add data"
+    )
+
+
 def make_plan(training: TrainingConfig, rows_per_epoch: int | None) -> Plan:
     """Derive the limits of a run: ``max_steps`` and ``max_minutes`` where set, else ``num_epochs``.
 

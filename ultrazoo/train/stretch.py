@@ -9,7 +9,7 @@ from ultrazoo.config import TrainingConfig
 from ultrazoo.errors import CheckpointError
 from ultrazoo.train.checkpoint import read_config, read_state, verify_checkpoint
 from ultrazoo.train.folder import RunFolder
-from ultrazoo.train.resume import UNREMARKABLE
+from ultrazoo.train.resume import UNREMARKABLE, changed_fields
 from ultrazoo.train.store import CheckpointStore
 
 PLAN = ("max_steps", "num_epochs", "log_every_n_steps")
@@ -101,11 +101,9 @@ def require_repeatable(folder: RunFolder, start: Path | None, originals: dict[in
         )
     anew = any(one["step"] == begun for one in starts)  # what the process before did differently plays no part
     changed = {
-        f"{section}.{name}"
+        name
         for before in map(read_config, originals.values() if anew else stretch)
-        for section in ("model", "training")
-        for name in {*before[section], *after[section]}
-        if before[section].get(name) != after[section].get(name)
+        for name in changed_fields(before, after)
     }
     changed |= {note.partition(":")[0] for one in starts if one["step"] > begun for note in one.get("changed", ())}
     noted = bool(starts) and starts[0]["step"] <= begun and all("plan" in one for one in starts)

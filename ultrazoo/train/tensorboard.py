@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ultrazoo.errors import ConfigError
+from ultrazoo.train.durable import odd_kind
 from ultrazoo.train.metrics import writing
 
 
@@ -55,6 +57,8 @@ class TensorBoard:
             if not home.is_dir():
                 step = 0
             home.mkdir(exist_ok=True)
+            if kind := odd_kind(home, folder=True):
+                raise NotADirectoryError(errno.ENOTDIR, f"is {kind}, expected a folder", str(home))
             # TensorBoard reads files in the order of their names
             name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
             self._path = home / name

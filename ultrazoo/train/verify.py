@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 import ultrazoo
+from ultrazoo.arguments import file_path, whole_number
 from ultrazoo.config import config_from_dict
 from ultrazoo.data import build_data
 from ultrazoo.data.batch import Share
@@ -37,7 +38,7 @@ from ultrazoo.train.loop import Trainer
 from ultrazoo.train.memory import memory_told
 from ultrazoo.train.metrics import JsonLines
 from ultrazoo.train.records import Record, Say, lines_behind, parse_records, read_lines
-from ultrazoo.train.resume import check_match
+from ultrazoo.train.resume import check_match, revisions_of
 from ultrazoo.train.runtime import prepared
 from ultrazoo.train.schedule import make_plan
 from ultrazoo.train.signals import SignalGuard, StoppedError
@@ -48,8 +49,8 @@ from ultrazoo.train.team import joined
 TIMED = frozenset({"seconds", "tokens_per_second", "data_wait_share", "memory_bytes"})
 """Entries of a record that no two runs share."""
 STATE = ("rng", "rng_others", "data", "window", "scaler", "watch")
-COUNTED = {"seen", "skipped", "damage"}
-"""Entries of the data's state that do not say which rows come next."""
+BESIDE_ORDER = {"seen", "skipped", "damage", "fingerprint", "hashing", "discovery"}
+"""Entries of the data's state that do not say which rows come next: counts, and what the data is recognised by."""
 Differences = list[tuple[int, str]]
 """Steps, and what differs at each."""
 
@@ -85,9 +86,9 @@ class Verification:
                 self.first_step, self.first_difference = step, f"step {step}: {text}"
 
 
-def _without_counts(state: dict[str, Any]) -> dict[str, Any]:
-    """A state without what is counted where texts are read, and not where a cache of their tokens is."""
-    return state | {"data": {name: value for name, value in state["data"].items() if name not in COUNTED}}
+def _order_alone(state: dict[str, Any]) -> dict[str, Any]:
+    """A state without counts, which a cache of tokens does not take, and without what data is recognised by."""
+    return state | {"data": {name: value for name, value in state["data"].items() if name not in BESIDE_ORDER}}
 
 
 class _Again(CheckpointStore):
@@ -107,7 +108,7 @@ class _Again(CheckpointStore):
             ("optimiser tensors", OPTIMIZER, snapshot.optimizer),
         ):
             self.found.add(what, *_compare_tensors(step, file, read_tensors(folder / file), on_host(tensors)))
-        saved, now = (_without_counts(state) for state in (read_state(folder), json.loads(json.dumps(snapshot.state))))
+        saved, now = (_order_alone(state) for state in (read_state(folder), json.loads(json.dumps(snapshot.state))))
         names = [name for name in STATE if name in saved]
         differences = [(step, f"{name} of state.json") for name in names if saved[name] != now[name]]
         self.found.add("parts of the state", len(names), differences)
@@ -128,7 +129,7 @@ class _Watch(SignalGuard):
         return step in self.originals
 
 
-def verify_run(run_dir: Path, *, steps: int | None = None, say: Say = lambda line: None) -> Verification | None:
+def verify_run(run_dir: str | Path, *, steps: int | None = None, say: Say = lambda line: None) -> Verification | None:
     """Take the steps up to a run's newest checkpoint again and compare; nothing in the run folder changes.
 
     A run of several processes needs as many again, started by torchrun.
@@ -145,7 +146,10 @@ def verify_run(run_dir: Path, *, steps: int | None = None, say: Say = lambda lin
         ConfigError: A trainer is in the folder, or the config cannot be used here.
         CheckpointError: A checkpoint is damaged, or the steps between cannot be repeated, with the reason.
         DataError: The data cannot be read.
+        ArgumentError: ``run_dir`` is no path, or ``steps`` is below 1.
     """
+    run_dir = file_path("run_dir", run_dir)
+    steps = None if steps is None else whole_number("steps", steps, least=1)
     if not run_dir.is_dir():
         raise CheckpointError(f"{run_dir}: no such folder; expected a run folder such as runs/embbert")
     with memory_told(), ExitStack() as stack:
@@ -169,9 +173,11 @@ def verify_run(run_dir: Path, *, steps: int | None = None, say: Say = lambda lin
         config = config.model_copy(update={"training": training})
         device = stack.enter_context(prepared(training))
         say = say if team.leads else lambda line: None
-        data = team.in_turn(lambda: build_data(training, config.model.vocab_size, say))
+        revisions = revisions_of(last)
+        given = {"revisions": revisions, "resumed": state["data"]}
+        data = team.in_turn(lambda: build_data(training, config.model.vocab_size, say, **given))
         data.share = Share(team.rank, team.size)
-        hashes = {"tokenizer_sha256": data.tokenizer_sha256, "data_fingerprint": data.fingerprint}
+        hashes = {"tokenizer_sha256": data.tokenizer_sha256, "data_fingerprint": data.fingerprint_as_in(state["data"])}
         check_match(last, config, **hashes)
         plan = make_plan(training, data.rows_per_epoch)
         model = build_model(config.model)
@@ -180,7 +186,7 @@ def verify_run(run_dir: Path, *, steps: int | None = None, say: Say = lambda lin
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ultrazoo-verify-")))
         store = TeamStore(_Again(scratch / "checkpoints", originals, found), team)
         display = PlainDisplay(Console(file=StringIO()), None)
-        trainer = Trainer(config, model.to(device), data, plan, store, display, team)
+        trainer = Trainer(config, model.to(device), data, plan, store, display, team, revisions)
         if start is not None:
             trainer.restore(start)
         say(f"taking steps {begun + 1:,} to {state['step']:,} again, from {start or 'the beginning'}")

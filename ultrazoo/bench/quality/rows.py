@@ -118,7 +118,7 @@ def read(path: Path) -> list[QualityRow]:
         DataError: The file cannot be read, or a line is not a row of this schema version.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: cannot be read: {error}; expected a file that `ultrazoo bench quality --output` wrote"
