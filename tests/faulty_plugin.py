@@ -38,7 +38,7 @@ class Leaks(Sound):
     """Reads the documents before its own."""
 
     def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
-        return super().forward(x, None if segments is None else segments.clamp(max=1))
+        return super().forward(x, None if segments is None else checked(segments).clamp(max=1))
 
 
 class Pads(Sound):

@@ -61,14 +61,14 @@ def broken(target: str, *left_out: str) -> dict[str, Result]:
     return {result.check: result for result in results if result.state == "failed"}
 
 
-EVERYTHING_REPEATS = {"law: padding", "law: packing", "law: batch order", "law: gradients", "law: state", "law: gaps"}
+EVERYTHING_REPEATS = {f"law: {law}" for law in ("padding", "packing", "batch order", "gradients", "state", "gaps")}
 
 
 @pytest.mark.usefixtures("faulty")
 @pytest.mark.parametrize(
     ("block", "checks"),
     [
-        ("leaks", {"law: packing", "law: returning documents", "model: packing"}),
+        ("leaks", {"law: packing", "model: packing"}),
         ("pads", {"law: padding", "law: packing", "law: gaps"}),
         ("mutates", {"law: inputs"}),
         ("random", {*EVERYTHING_REPEATS, "law: determinism", "model: state goes round", "model: packing"}),
