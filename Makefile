@@ -60,13 +60,17 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m pytest bench $(ARGS)
 
 # make sanitize      the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, over all samples
+# make fuzz-ops      10,000 raw calls of the ops, a third valid, a third with one wrong argument, a third random
 # make test-cuda     every CUDA kernel run on the CPU, thread by thread (plain, under AddressSanitizer, under ThreadSanitizer),
 #                    compiled for every architecture, and the faults planted in the kernels that this catches
 # make cuda-matrix   nvcc: registers, spills, shared memory, occupancy, modelled times; ARGS=--quick: two architectures
 # make gpu-check     on a GPU: parity and benchmarks, written to bench/results/gpu-NAME.md
-.PHONY: sanitize test-cuda cuda-matrix gpu-check
+.PHONY: sanitize fuzz-ops test-cuda cuda-matrix gpu-check
 sanitize: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/sanitize.py
+
+fuzz-ops: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_ops.py $(ARGS)
 
 $(VENV)/.cuda: bench/cuda_tools.txt | $(VENV)/.dev
 	$(PIP) install -q -r bench/cuda_tools.txt
@@ -98,3 +102,8 @@ test-plugins: $(VENV)/.dev
 	$(PIP) install -q --no-deps --target $(VENV)/plugins/site $(VENV)/plugins/sources/*/
 	set -e; for plugin in $(abspath $(VENV))/plugins/sources/*/; do cd $$plugin; OMP_NUM_THREADS=1 \
 	  PYTHONPATH=$(abspath $(VENV))/plugins/site $(abspath $(BIN))/python -m pytest -q -n $(JOBS) -p no:cacheprovider; done
+
+# make planted-plugin  five faults in the kernel of a scaffolded plugin, without the samples that show them: which checks fail
+.PHONY: planted-plugin
+planted-plugin: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/planted_plugin.py

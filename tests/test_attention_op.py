@@ -224,16 +224,20 @@ def test_compile_in_one_graph() -> None:
 def test_arguments_that_do_not_fit_are_refused() -> None:
     q, k, v = draw(2, 6, 2, 4, 3, torch.float32)
     for match, changed in {
-        r"k: got \(2, 6, 2, 4\), expected \(2, 8, 2, 4\)": {"prefix": 2},
-        r"segments: got \(2, 5\), expected \(2, 6\)": {"segments": torch.ones(2, 5, dtype=torch.int64)},
+        r"k: got shape \(2, 6, 2, 4\), expected \(B, P \+ L, H, K\) with B 2, P \+ L 8, H 2, K 4": {"prefix": 2},
+        r"segments: got shape \(2, 5\), expected \(B, L\) with B 2, L 6": {
+            "segments": torch.ones(2, 5, dtype=torch.int64)
+        },
         r"dropout: got 1.0": {"dropout": 1.0},
-        r"seed: got \(\) torch.int32": {"dropout": 0.1, "seed": torch.tensor(1, dtype=torch.int32)},
+        r"seed: got shape \(1,\), expected \(\)": {"dropout": 0.1, "seed": torch.tensor([1])},
         r"kind: got 'relu', expected one of softmax, sigmoid": {"kind": "relu"},
     }.items():
         with pytest.raises(ValueError, match=match):
             attention(q, k, v, **changed)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"segments: got torch\.bool"):
         attention(q, k, v, segments=torch.ones(2, 6, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"seed: got torch\.int32"):
+        attention(q, k, v, dropout=0.1, seed=torch.tensor(1, dtype=torch.int32))
     with pytest.raises(ValueError, match="v: got"):
         attention(q, k, v[:, :3])
     q.requires_grad_()

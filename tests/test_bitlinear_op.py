@@ -159,17 +159,22 @@ def test_inputs_are_left_alone_and_two_runs_are_equal() -> None:
 @pytest.mark.parametrize(
     ("function", "args", "error", "message"),
     [
-        (bitlinear, (torch.zeros(2, 5), torch.zeros(3, 4)), ValueError, r"x: got \(2, 5\), expected \(..., 4\)"),
-        (bitlinear, (torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(4)), ValueError, r"bias: got \(4,\)"),
-        (bitlinear, (torch.zeros(2, 4), torch.zeros(4)), ValueError, r"weight: got \(4,\), expected \(N, K\)"),
+        (
+            bitlinear,
+            (torch.zeros(2, 5), torch.zeros(3, 4)),
+            ValueError,
+            r"x: got shape \(2, 5\), expected \(..., K\) with K 4",
+        ),
+        (bitlinear, (torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(4)), ValueError, r"bias: got shape \(4,\)"),
+        (bitlinear, (torch.zeros(2, 4), torch.zeros(4)), ValueError, r"weight: got shape \(4,\), expected \(N, K\)"),
         (bitlinear, (torch.zeros(2, 4).int(), torch.zeros(3, 4)), TypeError, "x: got torch.int32"),
         (bitlinear, (torch.zeros(2, 4), torch.zeros(3, 4, device="meta")), ValueError, "weight: got meta"),
-        (pack_ternary, (torch.zeros(3, 0),), ValueError, "neither of them 0"),
+        (pack_ternary, (torch.zeros(3, 0),), ValueError, "K: got 0"),
         (
             bitlinear_packed,
             (torch.zeros(2, 40), *pack_ternary(torch.ones(3, 20))),
             ValueError,
-            r"expected \(1, 3, 64\)",
+            r"packed: got shape \(1, 2, 64\), .* with ceil\(N / 16\) 1, ceil\(K / 16\) 3",
         ),
         (
             bitlinear_packed,

@@ -151,11 +151,19 @@ def test_inputs_are_left_alone_and_two_runs_are_equal() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"k": torch.zeros(2, 5, 3, 5)}, ValueError, r"q, k: got \(2, 5, 3, 4\) and \(2, 5, 3, 5\)"),
-        ({"v": torch.zeros(2, 5, 2, 4)}, ValueError, r"v: got \(2, 5, 2, 4\), expected \(2, 5, 3, V\)"),
-        ({"log_decay": torch.zeros(1)}, ValueError, r"log_decay: got \(1,\), expected \(3,\)"),
+        (
+            {"k": torch.zeros(2, 5, 3, 5)},
+            ValueError,
+            r"k: got shape \(2, 5, 3, 5\), expected \(B, L, H, K\) with B 2, L 5, H 3, K 4",
+        ),
+        (
+            {"v": torch.zeros(2, 5, 2, 4)},
+            ValueError,
+            r"v: got shape \(2, 5, 2, 4\), expected \(B, L, H, V\) with B 2, L 5, H 3",
+        ),
+        ({"log_decay": torch.zeros(1)}, ValueError, r"log_decay: got shape \(1,\), expected \(H\) with H 3"),
         ({"log_decay": torch.zeros(3, requires_grad=True)}, ValueError, "detach it"),
-        ({"segments": torch.ones(5, 2)}, ValueError, r"segments: got \(5, 2\)"),
+        ({"segments": torch.ones(5, 2).long()}, ValueError, r"segments: got shape \(5, 2\)"),
         ({"segments": torch.ones(2, 5)}, TypeError, "expected integers"),
         ({"q": torch.zeros(2, 5, 3, 4, dtype=torch.int32)}, TypeError, "floating-point"),
         ({"chunk_size": 0}, ValueError, "at least 1"),

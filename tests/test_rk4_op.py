@@ -147,17 +147,17 @@ def test_a_step_under_autocast_keeps_a_wide_state() -> None:
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
     h = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match=r"rk4_stage: slope 1: got \(3,\) .* expected \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"rk4_stage: k: got shape \(3,\), expected \(...\) with ... \(2, 3\)"):
         rk4_stage(h, torch.zeros(3), 1.0)
-    with pytest.raises(ValueError, match=r"rk4_combine: slope 3: got \(2, 3\) torch.float16"):
+    with pytest.raises(TypeError, match=r"rk4_combine: k3: got torch.float16"):
         rk4_combine(h, h, h, h.half(), h, 1.0)
 
 
 def test_the_kernels_refuse_what_they_cannot_read(compiled: None) -> None:
     op = torch.ops.ultrazoo.rk4_stage.default
-    with pytest.raises(RuntimeError, match="shapes"):
+    with pytest.raises(RuntimeError, match=r"rk4_stage: k: got shape \(4,\)"):
         op(torch.zeros(8), torch.zeros(4), 1.0)
-    with pytest.raises(RuntimeError, match="dtype"):
+    with pytest.raises(RuntimeError, match="rk4_stage: h: got dtype float64"):
         op(torch.zeros(8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64), 1.0)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ultrazoo.ops import selective_scan
 from ultrazoo.ops.library import kernel_policy
+from ultrazoo.ops.selective_scan import op as scan_op
 from ultrazoo.ops.selective_scan import reference
 from ultrazoo.ops.selective_scan.op import SPEC
 from ultrazoo.ops.selective_scan.reference import selective_scan_loop
@@ -76,7 +77,8 @@ def test_chunks_and_row_blocks_change_nothing(name: str, monkeypatch: pytest.Mon
 
     expected = run()
     for chunk, numbers in ((1, 1), (7, 40), (1000, 1 << 20)):
-        monkeypatch.setattr(reference, "CHUNK", chunk)
+        for module in (reference, scan_op):
+            monkeypatch.setattr(module, "CHUNK", chunk)
         monkeypatch.setattr(reference, "_NUMBERS_AT_ONCE", numbers)
         for a, b in zip(run(), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
@@ -169,13 +171,13 @@ def test_inputs_are_left_alone_and_two_runs_are_equal() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"u": torch.zeros(2, 5)}, ValueError, r"u: got \(2, 5\)"),
-        ({"A": torch.zeros(3, 4)}, ValueError, r"A: got \(3, 4\), expected \(4, state\)"),
-        ({"delta": torch.zeros(2, 4, 5)}, ValueError, r"delta: got \(2, 4, 5\), expected \(2, 5, 4\)"),
-        ({"B": torch.zeros(2, 3, 5)}, ValueError, r"B: got \(2, 3, 5\), expected \(2, 5, 3\)"),
-        ({"D": torch.zeros(3)}, ValueError, r"D: got \(3,\), expected \(4,\)"),
+        ({"u": torch.zeros(2, 5)}, ValueError, r"u: got shape \(2, 5\), expected \(batch, length, dim\)"),
+        ({"A": torch.zeros(3, 4)}, ValueError, r"A: got shape \(3, 4\), expected \(dim, state\) with dim 4"),
+        ({"delta": torch.zeros(2, 4, 5)}, ValueError, r"delta: got shape \(2, 4, 5\), .* length 5, dim 4"),
+        ({"B": torch.zeros(2, 3, 5)}, ValueError, r"B: got shape \(2, 3, 5\), .* length 5, state 3"),
+        ({"D": torch.zeros(3)}, ValueError, r"D: got shape \(3,\), expected \(dim\) with dim 4"),
         ({"segments": torch.ones(2, 5)}, TypeError, "expected integers"),
-        ({"A": torch.zeros(4, 3, dtype=torch.complex64)}, TypeError, "real floating-point"),
+        ({"A": torch.zeros(4, 3, dtype=torch.complex64)}, TypeError, "floating-point dtype"),
         ({"z": torch.zeros(2, 5, 4, device="meta")}, ValueError, "z: got meta, expected cpu"),
     ],
 )

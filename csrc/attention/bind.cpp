@@ -9,7 +9,9 @@ namespace uz {
 namespace {
 
 // x (batch, rows, heads, width), with elements of a row together.
-Tensor rowwise(const Tensor& x) { return x.size(3) == 1 || x.stride(3) == 1 ? x : torch::stable::contiguous(x); }
+Tensor rowwise(const Tensor& x) {
+  return x.dim() == 4 && (x.size(3) == 1 || x.stride(3) == 1) ? x : torch::stable::contiguous(x);
+}
 
 HeadRows rows_of(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.size(3)}; }
 
@@ -21,22 +23,21 @@ Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, Scala
 struct Inputs {
   Tensor q, k, v;
   std::optional<Tensor> segments;
+  Arguments checks;
   Attention args;
 
   Inputs(const Tensor& q_, const Tensor& k_, const Tensor& v_, const std::optional<Tensor>& segments_,
          const Tensor& seed, int64_t keep, double scale, int64_t prefix, bool sigmoid, const char* where)
-      : q(rowwise(q_)),
-        k(rowwise(k_)),
-        v(rowwise(v_)),
-        segments(segments_ ? std::optional<Tensor>(torch::stable::contiguous(*segments_)) : std::nullopt) {
-    const bool fits = k.size(0) == q.size(0) && v.size(0) == q.size(0) && k.size(1) == prefix + q.size(1) &&
-                      v.size(1) == k.size(1) && k.size(2) == q.size(2) && v.size(2) == q.size(2) &&
-                      k.size(3) == q.size(3);
-    STD_TORCH_CHECK(fits, where, ": the shapes of q, k and v do not fit");
-    STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), where,
-                    ": q, k and v have different dtypes");
-    STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, where, ": the seed is not one int64");
-    STD_TORCH_CHECK(keep >= 1 && keep <= 65536, where, ": got keep ", keep, ", expected 1 to 65536");
+      : q(rowwise(q_)), k(rowwise(k_)), v(rowwise(v_)), segments(contiguous(segments_)), checks(where, q_) {
+    checks.tensor("q", q, "B, L, H, K");
+    checks.range<int64_t>("prefix", prefix, 0, int64_t{1} << 40);
+    checks.size("P + L", prefix + q.size(1));
+    checks.tensor("k", k, "B, P + L, H, K", q.scalar_type());
+    checks.tensor("v", v, "B, P + L, H, V", q.scalar_type());
+    checks.tensor("segments", segments, "B, L", ScalarType::Long);
+    checks.tensor("seed", seed, "", ScalarType::Long);
+    checks.range<int64_t>("keep", keep, 1, 65536);
+    checks.finite("scale", scale);
     args = {
         .q = rows_of(q),
         .k = rows_of(k),
@@ -86,11 +87,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
   const Documents documents(segments, where);
   Inputs in(documents.close(q), documents.close(k, prefix), documents.close(v, prefix), documents.segments(), seed,
             keep, scale, prefix, sigmoid, where);
-  check_same_shape(grad, o, where);
-  STD_TORCH_CHECK(grad.scalar_type() == q.scalar_type() && o.scalar_type() == q.scalar_type(), where,
-                  ": grad and q have different dtypes");
-  STD_TORCH_CHECK(o.size(0) == q.size(0) && o.size(1) == q.size(1) && o.size(2) == q.size(2) && o.size(3) == v.size(3),
-                  where, ": the shape of o does not fit");
+  in.checks.tensor("grad", grad, "B, L, H, V", q.scalar_type());
+  in.checks.tensor("o", o, "B, L, H, V", q.scalar_type());
+  in.checks.tensor("lse", lse, sigmoid ? "0, H, L" : "B, H, L", ScalarType::Float);
   const Tensor rows = rowwise(documents.close(grad)), output = torch::stable::contiguous(documents.close(o)),
                sums = torch::stable::contiguous(lse);
   Tensor dq = empty_contiguous(q, q.scalar_type()), dk = empty_contiguous(k, q.scalar_type()),

@@ -42,6 +42,7 @@ void multiply(const PackedProduct& args) {
 
 Tensor packed_forward(const Tensor& x, const Tensor& packed, const Tensor& scale, const Optional& bias, double eps) {
   const char* where = "ultrazoo::bitlinear_packed";
+  check_packed(x, packed, scale, bias, eps, where);
   const Tokens tokens = quantize(x, x.size(x.dim() - 1), eps, where);
   const Tensor tile = torch::stable::contiguous(packed), rows = torch::stable::contiguous(scale);
   Product p = product_of(tokens, x, tile.const_data_ptr<uint8_t>(), bias, scale.size(0), where);
@@ -52,6 +53,7 @@ Tensor packed_forward(const Tensor& x, const Tensor& packed, const Tensor& scale
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Optional& bias, double eps) {
   const char* where = "ultrazoo::bitlinear";
+  check(x, weight, bias, eps, where);
   const Tensor w = torch::stable::contiguous(weight);
   Tokens tokens = quantize(x, w.size(1), eps, where);
   Ternary args = ternary_of(w, where);
@@ -71,6 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
 std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& integers, const Tensor& token_scale,
                                     const Tensor& weight, double eps) {
   const char* where = "ultrazoo::bitlinear_backward";
+  check_backward(grad, integers, token_scale, weight, eps, where);
   const Factors f = factors_of(grad, integers, token_scale, weight);
   const DType type = dtype_of(f.type, where);
   Ternary args = ternary_of(f.weight, where);
@@ -83,12 +86,12 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& integers, 
     bitlinear_kernels().dequantize(f.integers.const_data_ptr<int8_t>(), f.token_scale.const_data_ptr<float>(),
                                    f.columns, f.x.mutable_data_ptr(), type, begin, end);
   });
-  Tensor dx = torch::stable::matmul(f.grad, f.codes);
+  Tensor dx = matmul(f.grad, f.codes, where);
   void* scaled = dx.mutable_data_ptr();
   torch::stable::parallel_for(0, dx.numel(), kGrain, [&](int64_t begin, int64_t end) {
     bitlinear_kernels().scale(scaled, dtype_of(f.type, where), scale, begin, end);
   });
-  return gradients(f, dx, integers, grad, weight);
+  return gradients(f, dx, integers, grad, weight, where);
 }
 
 }  // namespace

@@ -24,6 +24,7 @@ Error first(Error a, Error b) { return a != nullptr ? a : b; }
 
 Tensor packed_forward(const Tensor& x, const Tensor& packed, const Tensor& scale, const Optional& bias, double eps) {
   const char* where = "ultrazoo::bitlinear_packed";
+  check_packed(x, packed, scale, bias, eps, where);
   const Tokens tokens = tokens_of(x, x.size(x.dim() - 1), eps, where);
   Tensor tile = torch::stable::contiguous(packed);
   const Tensor rows = torch::stable::contiguous(scale);
@@ -39,6 +40,7 @@ Tensor packed_forward(const Tensor& x, const Tensor& packed, const Tensor& scale
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Optional& bias, double eps) {
   const char* where = "ultrazoo::bitlinear";
+  check(x, weight, bias, eps, where);
   const Tensor w = torch::stable::contiguous(weight);
   Tokens tokens = tokens_of(x, w.size(1), eps, where);
   Ternary args = ternary_of(w, where);
@@ -59,6 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
 std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& integers, const Tensor& token_scale,
                                     const Tensor& weight, double eps) {
   const char* where = "ultrazoo::bitlinear_backward";
+  check_backward(grad, integers, token_scale, weight, eps, where);
   const Factors f = factors_of(grad, integers, token_scale, weight);
   const DType type = dtype_of(f.type, where);
   Ternary args = ternary_of(f.weight, where);
@@ -77,11 +80,11 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& integers, 
     const Error error = bitlinear_ternarize(args, scale.args, stream);
     return first(error, bitlinear_dequantize(tokens, stream));
   });
-  Tensor dx = torch::stable::matmul(f.grad, f.codes);
+  Tensor dx = matmul(f.grad, f.codes, where);
   on_device_of(grad, where, [&](Stream stream) {
     return bitlinear_scale(dx.mutable_data_ptr(), type, scale.args.value, dx.numel(), stream);
   });
-  return gradients(f, dx, integers, grad, weight);
+  return gradients(f, dx, integers, grad, weight, where);
 }
 
 }  // namespace

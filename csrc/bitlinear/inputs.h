@@ -10,7 +10,8 @@
 
 namespace uz {
 
-inline constexpr int64_t kMostColumns = 0x7fffffff / 256;  // codes of 0, 1, 2 times integers of up to 128
+inline constexpr int64_t kMostColumns = 0x7fffffff / 256;    // codes of 0, 1, 2 times integers of up to 128
+inline constexpr double kLeastEps = 1e-36, kMostEps = 1e18;  // 127 / eps and eps * eps are finite floats
 
 inline int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
 
@@ -31,11 +32,47 @@ struct Tokens {
   Quantize args;
 };
 
+inline void check_eps(const Arguments& args, double eps) { args.range("eps", eps, kLeastEps, kMostEps); }
+
+// Of the training op's forward.
+inline void check(const Tensor& x, const Tensor& weight, const Optional& bias, double eps, const char* where) {
+  Arguments args(where, x);
+  args.tensor("weight", weight, "N, K");
+  args.tensor("x", x, "..., K");
+  args.tensor("bias", bias, "N");
+  args.at_least(1, "N", args.size("N"));
+  args.range("K", args.size("K"), int64_t{1}, kMostColumns);
+  check_eps(args, eps);
+}
+
+inline void check_backward(const Tensor& grad, const Tensor& integers, const Tensor& token_scale, const Tensor& weight,
+                           double eps, const char* where) {
+  Arguments args(where, grad);
+  args.tensor("weight", weight, "N, K");
+  args.tensor("grad", grad, "..., N");
+  args.tensor("integers", integers, "..., K", ScalarType::Char);
+  args.tensor("token_scale", token_scale, "..., 1", ScalarType::Float);
+  args.at_least(1, "N", args.size("N"));
+  args.range("K", args.size("K"), int64_t{1}, kMostColumns);
+  check_eps(args, eps);
+}
+
+inline void check_packed(const Tensor& x, const Tensor& packed, const Tensor& scale, const Optional& bias, double eps,
+                         const char* where) {
+  Arguments args(where, x);
+  args.tensor("x", x, "..., K");
+  args.tensor("scale", scale, "N", ScalarType::Float);
+  args.tensor("bias", bias, "N");
+  args.range("K", args.size("K"), int64_t{1}, kMostColumns);
+  args.size("ceil(N / 16)", tiles(args.size("N")));
+  args.size("ceil(K / 16)", tiles(args.size("K")));
+  args.tensor("packed", packed, "ceil(N / 16), ceil(K / 16), 64", ScalarType::Byte);
+  check_eps(args, eps);
+}
+
 // Memory for the integers of x, which args is to fill.
 inline Tokens tokens_of(const Tensor& x, int64_t columns, double eps, const char* where) {
-  STD_TORCH_CHECK(columns <= kMostColumns, where, ": got ", columns, " columns, expected at most ", kMostColumns,
-                  ", for the sums to fit int32");
-  const int64_t count = columns > 0 ? x.numel() / columns : 0, stride = tiles(columns) * kTile;
+  const int64_t count = x.numel() / columns, stride = tiles(columns) * kTile;
   Tokens t = {torch::stable::contiguous(x),
               empty(x, {count, stride}, ScalarType::Char),
               empty(x, {count}, ScalarType::Float),
@@ -91,9 +128,7 @@ struct Product {
 // y for x, of which `tokens` are the integers; the caller sets the scale of the rows.
 inline Product product_of(const Tokens& tokens, const Tensor& x, const uint8_t* packed, const Optional& bias,
                           int64_t rows, const char* where) {
-  Product p = {empty(x, sizes_with_last(x, rows), x.scalar_type()),
-               bias ? Optional(torch::stable::contiguous(*bias)) : std::nullopt,
-               {}};
+  Product p = {empty(x, sizes_with_last(x, rows), x.scalar_type()), contiguous(bias), {}};
   p.args = {
       .integers = tokens.args.integers,
       .token_scale = tokens.args.scale,
@@ -138,8 +173,8 @@ inline Factors factors_of(const Tensor& grad, const Tensor& integers, const Tens
 
 // dx and dW as the op returns them; dx is scaled already.
 inline std::tuple<Tensor, Tensor> gradients(const Factors& f, const Tensor& dx, const Tensor& integers,
-                                            const Tensor& grad, const Tensor& weight) {
-  const Tensor dw = torch::stable::matmul(torch::stable::transpose(f.grad, 0, 1), f.x);
+                                            const Tensor& grad, const Tensor& weight, const char* where) {
+  const Tensor dw = matmul(torch::stable::transpose(f.grad, 0, 1), f.x, where);
   return {torch::stable::to(torch::stable::reshape(dx, integers.sizes()), grad.scalar_type()),
           torch::stable::to(dw, weight.scalar_type())};
 }

@@ -11,6 +11,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "common/arguments.h"
 #include "common/types.h"
 
 namespace uz {
@@ -28,16 +29,29 @@ inline DType dtype_of(ScalarType type, const char* where) {
     case ScalarType::Half:
       return DType::fp16;
     default:
-      STD_TORCH_CHECK(false, where, ": got dtype ", type, ", expected float32, bfloat16 or float16");
+      fail(where, ": got dtype ", name_of(type), ", expected float32, bfloat16 or float16");
   }
 }
 
 inline DType dtype_of(const Tensor& x, const char* where) { return dtype_of(x.scalar_type(), where); }
 
+// For the sources of plugins that do not use Arguments.
 inline void check_same_shape(const Tensor& x, const Tensor& like, const char* where) {
   bool same = x.dim() == like.dim();
   for (int64_t i = 0; same && i < x.dim(); ++i) same = x.size(i) == like.size(i);
-  STD_TORCH_CHECK(same, where, ": the shapes of the tensors differ");
+  if (!same) fail(where, ": got tensors of shapes ", shape_of(x), " and ", shape_of(like), ", expected one shape");
+}
+
+inline Optional contiguous(const Optional& x) { return x ? Optional(torch::stable::contiguous(*x)) : std::nullopt; }
+
+// a b for matrices of one dtype, by torch, which is not trusted with the dtype: autocast, if it were on, would change
+// it.
+inline Tensor matmul(const Tensor& a, const Tensor& b, const char* where) {
+  const Tensor product = torch::stable::matmul(a, b);
+  if (product.scalar_type() != a.scalar_type() || !product.is_contiguous())
+    fail(where, ": torch's matrix product: got ", name_of(product.scalar_type()), ", expected ",
+         name_of(a.scalar_type()), " and contiguous memory");
+  return product;
 }
 
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {

@@ -11,7 +11,9 @@
 
 namespace uz::cuda {
 
-inline void check(Error error, const char* where) { STD_TORCH_CHECK(error == nullptr, where, ": CUDA: ", error); }
+inline void check(Error error, const char* where) {
+  if (error != nullptr) fail(where, ": CUDA: ", error);
+}
 
 // launch(stream) on the device and the current stream of `like`.
 template <class Launch>

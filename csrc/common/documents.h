@@ -16,15 +16,14 @@ namespace uz {
 class Documents {
  public:
   // Throws unless `segments`, if there are any, are (batch, length) int64 of which each document is one run of tokens.
-  Documents(const Optional& segments, const char* where) {
+  Documents(const Optional& segments, const char* where) : where_(where) {
     if (!segments) return;
-    STD_TORCH_CHECK(segments->dim() == 2 && segments->scalar_type() == ScalarType::Long, where,
-                    ": segments: expected (batch, length) int64");
+    Arguments(where, *segments).tensor("segments", *segments, "batch, length", ScalarType::Long);
     rows_ = segments->size(0), length_ = segments->size(1);
     segments_ = torch::stable::contiguous(*segments);
     const int64_t* ids = segments_->const_data_ptr<int64_t>();
     bool gaps = false;
-    for (int64_t row = 0; row < rows_; ++row) gaps = check_row(ids + row * length_, row, where) || gaps;
+    for (int64_t row = 0; row < rows_; ++row) gaps = check_row(ids + row * length_, row) || gaps;
     if (!gaps) return;
     order_.resize(static_cast<size_t>(rows_ * length_));
     for (int64_t row = 0; row < rows_; ++row) close_row(ids + row * length_, order_.data() + row * length_);
@@ -42,7 +41,7 @@ class Documents {
 
  private:
   // Whether the row has gaps.
-  bool check_row(const int64_t* ids, int64_t row, const char* where) const {
+  bool check_row(const int64_t* ids, int64_t row) const {
     int64_t document = 0, lowest = 0, highest = 0;  // of the real tokens so far
     bool gaps = false;
     for (int64_t at = 0; at < length_; ++at) {
@@ -50,13 +49,14 @@ class Documents {
       if (id == document && id != 0) {
         gaps = gaps || ids[at - 1] == 0;
       } else if (id != 0) {
-        STD_TORCH_CHECK(id > 0, where, ": segments[row ", row, "]: got ", id, " at position ", at,
-                        ", expected 0 at padding and positive numbers of documents");
+        if (id < 0)
+          fail(where_, ": segments[row ", row, "]: got ", id, " at position ", at,
+               ", expected 0 at padding and positive numbers of documents");
         if (document != 0 && lowest <= id && id <= highest)  // numbers that do not only grow or only fall
           for (int64_t i = 0; i < at; ++i)
-            STD_TORCH_CHECK(ids[i] != id, where, ": segments[row ", row, "]: document ", id, " returns at position ",
-                            at, " after document ", document,
-                            "; number documents so that each is one run of tokens (zeros between them are padding)");
+            if (ids[i] == id)
+              fail(where_, ": segments[row ", row, "]: document ", id, " returns at position ", at, " after document ",
+                   document, "; number documents so that each is one run of tokens (zeros between them are padding)");
         lowest = document == 0 || id < lowest ? id : lowest;
         highest = id > highest ? id : highest;
         document = id;
@@ -88,8 +88,9 @@ class Documents {
 
   Tensor move(const Tensor& x, int64_t prefix, bool closing) const {
     if (order_.empty()) return x;
-    STD_TORCH_CHECK(x.dim() >= 2 && x.size(0) == rows_ && x.size(1) == prefix + length_,
-                    "segments: got another batch or length than those of the tokens");
+    if (x.dim() < 2 || x.size(0) != rows_ || x.size(1) - length_ != prefix || prefix < 0)
+      fail(where_, ": segments: got shape ", text_of(std::vector<int64_t>{rows_, length_}), " beside tokens of shape ",
+           shape_of(x), ", expected one batch and length");
     const Tensor from = torch::stable::contiguous(x);
     Tensor to = empty_contiguous(from, from.scalar_type());
     if (from.numel() == 0) return to;
@@ -107,6 +108,7 @@ class Documents {
     return to;
   }
 
+  const char* where_;
   Optional segments_;
   int64_t rows_ = 0, length_ = 0;
   std::vector<int64_t> order_;  // (batch, length), empty without gaps

@@ -8,8 +8,10 @@ constexpr int64_t kGrain = 128;  // groups that are worth a thread
 
 Tensor dropout(const Tensor& x, const Tensor& seed, int64_t keep) {
   const char* where = "ultrazoo::dropout";
-  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, where, ": the seed is not one int64");
-  STD_TORCH_CHECK(keep >= 1 && keep <= 65536, where, ": got keep ", keep, ", expected 1 to 65536");
+  Arguments checks(where, x);
+  checks.tensor("x", x, "...");
+  checks.tensor("seed", seed, "", ScalarType::Long);
+  checks.range<int64_t>("keep", keep, 1, 65536);
   const Tensor input = torch::stable::contiguous(x);
   Tensor y = empty_contiguous(x, x.scalar_type());
   const Dropout args = {

@@ -15,6 +15,7 @@ struct RetentionInputs {
 
   Tensor q, k, v, log_decay;
   std::optional<Tensor> segments;
+  Arguments checks;
   Retention args;
 
   RetentionInputs(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& log_decay_,
@@ -23,10 +24,14 @@ struct RetentionInputs {
         k(torch::stable::contiguous(k_)),
         v(torch::stable::contiguous(v_)),
         log_decay(torch::stable::contiguous(log_decay_)),
-        segments(segments_ ? std::optional<Tensor>(torch::stable::contiguous(*segments_)) : std::nullopt) {
-    check_same_shape(k, q, where);
-    STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), where,
-                    ": q, k and v have different dtypes");
+        segments(contiguous(segments_)),
+        checks(where, q_) {
+    checks.tensor("q", q, "B, L, H, K");
+    checks.tensor("k", k, "B, L, H, K", q.scalar_type());
+    checks.tensor("v", v, "B, L, H, V", q.scalar_type());
+    checks.tensor("log_decay", log_decay, "H", ScalarType::Float);
+    checks.tensor("segments", segments, "B, L", ScalarType::Long);
+    if (chunk) checks.at_least(1, "chunk_size", *chunk);
     const int64_t length = q.size(1), size = chunk.value_or(kChunk);
     args = {
         .q = q.const_data_ptr(),
@@ -62,8 +67,7 @@ struct RetentionGradientCall {
         dq(empty_contiguous(q, q.scalar_type())),
         dk(empty_contiguous(k, k.scalar_type())),
         dv(empty_contiguous(v, v.scalar_type())) {
-    check_same_shape(grad, v, where);
-    STD_TORCH_CHECK(grad.scalar_type() == v.scalar_type(), where, ": grad and v have different dtypes");
+    in.checks.tensor("grad", grad, "B, L, H, V", v.scalar_type());
     args = {
         .forward = in.args,
         .grad = grad.const_data_ptr(),

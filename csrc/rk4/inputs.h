@@ -14,10 +14,13 @@ struct CombineCall {
 inline CombineCall combine_call(const Tensor& h, const Tensor& k1, const Tensor& k2, const Tensor& k3, const Tensor& k4,
                                 double dt) {
   const char* where = "ultrazoo::rk4_combine";
-  for (const Tensor* k : {&k1, &k2, &k3, &k4}) {
-    check_same_shape(*k, h, where);
-    STD_TORCH_CHECK(k->scalar_type() == k1.scalar_type(), where, ": the slopes have different dtypes");
-  }
+  Arguments args(where, h);
+  args.tensor("h", h, "...");
+  args.tensor("k1", k1, "...");
+  args.tensor("k2", k2, "...", k1.scalar_type());
+  args.tensor("k3", k3, "...", k1.scalar_type());
+  args.tensor("k4", k4, "...", k1.scalar_type());
+  args.finite("dt", dt);
   CombineCall call = {torch::stable::contiguous(h),
                       torch::stable::contiguous(k1),
                       torch::stable::contiguous(k2),
@@ -46,7 +49,10 @@ struct StageCall {
 
 inline StageCall stage_call(const Tensor& h, const Tensor& k, double c) {
   const char* where = "ultrazoo::rk4_stage";
-  check_same_shape(k, h, where);
+  Arguments args(where, h);
+  args.tensor("h", h, "...");
+  args.tensor("k", k, "...");
+  args.finite("c", c);
   StageCall call = {
       torch::stable::contiguous(h), torch::stable::contiguous(k), empty_contiguous(h, h.scalar_type()), {}};
   call.args = {

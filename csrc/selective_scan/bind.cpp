@@ -25,11 +25,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
     const Tensor& grad, const Tensor& states, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
     const Tensor& C, const Optional& D, const Optional& z, const Optional& bias, bool softplus,
     const Optional& segments, bool reverse) {
-  const char* where = "ultrazoo::selective_scan_backward";
   const SelectiveScanKernels& kernels = selective_scan_kernels();
+  const char* where = "ultrazoo::selective_scan_backward";
   check_documents(segments, where);
   ScanInputs in(u, delta, A, B, C, D, z, bias, softplus, segments, reverse, where);
-  ScanGradients out(in, grad, states, kernels.groups(in.args.dim), where);
+  ScanGradients out(in, grad, states, kernels.groups(in.args.dim));
   parallel_with_scratch(
       u, in.args.length > 0 ? items_of(in.args) : 0, kernels.backward_scratch_floats(out.args),
       [&](float* scratch, int64_t begin, int64_t end) { kernels.backward(out.args, scratch, begin, end); });

@@ -7,9 +7,9 @@ namespace {
 // The kernels number channels, chunks and blocks in 32 bits.
 void check_sizes(const SelectiveScan& a, const char* where) {
   constexpr int64_t kMost = int64_t{1} << 30;
-  STD_TORCH_CHECK(a.batch <= kMost && a.dim <= kMost && a.state <= kMost && a.length <= kMost, where,
-                  ": got sizes of more than 2^30, expected at most that");
-  STD_TORCH_CHECK(a.batch * a.dim <= kMost, where, ": got batch * dim = ", a.batch * a.dim, ", expected at most 2^30");
+  if (a.batch > kMost || a.dim > kMost || a.state > kMost || a.length > kMost || a.batch * a.dim > kMost)
+    fail(where, ": got batch ", a.batch, ", length ", a.length, ", dim ", a.dim, ", state ", a.state,
+         ", expected each of them and batch * dim to be at most 2^30");
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
   const char* where = "ultrazoo::selective_scan_backward";
   ScanInputs in(u, delta, A, B, C, D, z, bias, softplus, segments, reverse, where);
   check_sizes(in.args, where);
-  ScanGradients out(in, grad, states, selective_scan_groups(in.args), where);
+  ScanGradients out(in, grad, states, selective_scan_groups(in.args));
   Tensor carry = empty(u, {in.args.batch, in.args.state, in.args.dim}, ScalarType::Float);
   if (u.numel() > 0)
     on_device_of(u, where, [&](Stream stream) {

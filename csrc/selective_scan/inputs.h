@@ -14,6 +14,7 @@ namespace uz {
 struct ScanInputs {
   Tensor u, delta, A, B, C;
   Optional D, z, bias, segments;
+  Arguments checks;
   SelectiveScan args;
 
   ScanInputs(const Tensor& u_, const Tensor& delta_, const Tensor& A_, const Tensor& B_, const Tensor& C_,
@@ -27,14 +28,18 @@ struct ScanInputs {
         D(contiguous(D_)),
         z(contiguous(z_)),
         bias(contiguous(bias_)),
-        segments(contiguous(segments_)) {
-    check_same_shape(delta, u, where);
-    check_same_shape(C, B, where);
-    if (z) check_same_shape(*z, u, where);
-    STD_TORCH_CHECK(A.scalar_type() == ScalarType::Float, where, ": got A of dtype ", A.scalar_type(),
-                    ", expected float32");
-    for (const Tensor* x : {&delta, &B, &C, z ? &*z : &u})
-      STD_TORCH_CHECK(x->scalar_type() == u.scalar_type(), where, ": u, delta, B, C and z have different dtypes");
+        segments(contiguous(segments_)),
+        checks(where, u_) {
+    const ScalarType type = u.scalar_type(), wide = ScalarType::Float;
+    checks.tensor("u", u, "batch, length, dim");
+    checks.tensor("delta", delta, "batch, length, dim", type);
+    checks.tensor("A", A, "dim, state", wide);
+    checks.tensor("B", B, "batch, length, state", type);
+    checks.tensor("C", C, "batch, length, state", type);
+    checks.tensor("D", D, "dim", wide);
+    checks.tensor("z", z, "batch, length, dim", type);
+    checks.tensor("delta_bias", bias, "dim", wide);
+    checks.tensor("segments", segments, "batch, length", ScalarType::Long);
     args = {
         .u = u.const_data_ptr(),
         .delta = delta.const_data_ptr(),
@@ -58,8 +63,6 @@ struct ScanInputs {
   }
 
  private:
-  static Optional contiguous(const Optional& x) { return x ? Optional(torch::stable::contiguous(*x)) : std::nullopt; }
-
   template <class T>
   static const T* pointer(const Optional& x) {
     return x ? x->const_data_ptr<T>() : nullptr;
@@ -70,11 +73,12 @@ struct ScanOutputs {
   Tensor y, states;
 };
 
+inline int64_t chunks_of(const ScanInputs& in) { return (in.args.length + kScanChunk - 1) / kScanChunk; }
+
 // What the forward returns, to be filled through in.args.
 inline ScanOutputs scan_outputs(ScanInputs& in) {
-  const int64_t chunks = (in.args.length + kScanChunk - 1) / kScanChunk;
   ScanOutputs out = {empty_contiguous(in.u, in.u.scalar_type()),
-                     empty(in.u, {in.args.batch, chunks, in.args.state, in.args.dim}, ScalarType::Float)};
+                     empty(in.u, {in.args.batch, chunks_of(in), in.args.state, in.args.dim}, ScalarType::Float)};
   in.args.y = out.y.mutable_data_ptr();
   in.args.states = out.states.mutable_data_ptr<float>();
   return out;
@@ -87,11 +91,13 @@ struct ScanGradients {
   Tensor du, ddelta, dz, dA, dB, dC, dD, dbias;
   SelectiveScanBackward args;
 
-  ScanGradients(ScanInputs& in, const Tensor& grad_, const Tensor& states, int64_t groups, const char* where)
+  ScanGradients(ScanInputs& in, const Tensor& grad_, const Tensor& states, int64_t groups)
       : grad(torch::stable::contiguous(grad_)), kept(torch::stable::contiguous(states)) {
-    check_same_shape(grad, in.u, where);
     const int64_t batch = in.args.batch, length = in.args.length, dim = in.args.dim, state = in.args.state;
     const ScalarType wide = ScalarType::Float, type = in.u.scalar_type();
+    in.checks.tensor("grad", grad, "batch, length, dim", type);
+    in.checks.size("ceil(length / 32)", chunks_of(in));
+    in.checks.tensor("states", kept, "batch, ceil(length / 32), state, dim", wide);
     du = empty_contiguous(in.u, type), ddelta = empty_contiguous(in.u, type);
     dz = in.z ? empty_contiguous(in.u, type) : empty(in.u, {0}, type);
     dB = empty(in.u, {groups, batch, length, state}, wide), dC = empty(in.u, {groups, batch, length, state}, wide);

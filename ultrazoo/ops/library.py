@@ -6,8 +6,8 @@ itself (docs/plugin-kernels.md). To add the op ``foo`` to ultrazoo:
 1. ``ops/foo/reference.py`` holds the mathematics in plain torch, forward and (for a differentiable op) backward.
 2. ``ops/foo/op.py`` hands both to ``define``: first ``foo_backward(...)``, then ``foo(...)``, whose ``backward``
    formula calls ``ctx.backward_op(...)``, which is ``foo_backward`` of the same kind (kernel or reference) as the
-   forward that ran. It ends with the public function ``foo``, which checks its arguments and calls the ``Op``, and
-   with ``SPEC = OpSpec(name="ultrazoo::foo", ...)``.
+   forward that ran. ``check`` takes the arguments of the schema and raises if they do not fit together. The file ends
+   with the public function ``foo``, which calls the ``Op``, and with ``SPEC = OpSpec(name="ultrazoo::foo", ...)``.
 3. ``ops/__init__.py`` lists the public function.
 4. ``csrc/foo/`` holds the compiled kernels (see csrc/README.md); nothing changes in Python when they arrive.
 
@@ -38,7 +38,7 @@ import torch
 
 from ultrazoo.distributions import version_of
 from ultrazoo.errors import KernelUnavailableError, PluginError
-from ultrazoo.ops import loader, policy, status
+from ultrazoo.ops import dispatch, loader, policy, status
 from ultrazoo.ops.build import BUILT_IN
 from ultrazoo.ops.policy import Policy, get_kernel_policy, kernel_policy, set_kernel_policy
 from ultrazoo.ops.status import KernelStatus
@@ -59,6 +59,7 @@ __all__ = [
 
 NAMESPACE = BUILT_IN
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Check = Callable[..., object]
 log = logging.getLogger("ultrazoo")
 
 _libraries: dict[str, OpLibrary] = {}
@@ -70,17 +71,30 @@ _announced: set[tuple[str, str, str, str | None]] = set()
 class Op:
     """``namespace::name``; calling it runs the compiled kernel or the reference, as the kernel policy says."""
 
-    def __init__(self, namespace: str, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
-        self.namespace, self.name = namespace, name
+    def __init__(
+        self,
+        namespace: str,
+        name: str,
+        dtypes: tuple[torch.dtype, ...],
+        typed: tuple[str, ...],
+        check: Check | None,
+        *,
+        has_backward: bool,
+    ) -> None:
+        self.namespace, self.name, self.dtypes, self.check = namespace, name, dtypes, check
+        self.has_backward = has_backward
         self.qualname = f"{namespace}::{name}"
-        self.dtypes = dtypes
         packet = getattr(getattr(torch.ops, namespace), name)
         self.default: Callable[..., Any] = packet.default
         self.reference: Callable[..., Any] = packet.reference
+        names = [argument.name for argument in packet.default._schema.arguments]
+        self._typed = (0, *map(names.index, typed))
 
     def __call__(self, *args: Any) -> Any:
+        if self.check is not None:
+            self.check(*args)
         lead: torch.Tensor = args[0]
-        unfit = "" if lead.dtype in self.dtypes else f"the kernels take {self.dtypes}, not {lead.dtype}"
+        unfit = dispatch.unfit(self.dtypes, [args[index] for index in self._typed])
         if not unfit and lead.is_cuda and not torch.compiler.is_compiling():
             unfit = loader.lacks_code_for(self.namespace, lead.get_device())
         by_reference = policy.current == "reference" or bool(unfit)
@@ -179,7 +193,7 @@ class OpLibrary:
             )
         if namespace != BUILT_IN:
             loader.declare(namespace, self.sources)
-        self._torch_library = torch.library.Library(namespace, "FRAGMENT")
+        self._torch_library = dispatch.Library(namespace, "FRAGMENT")
         _libraries[namespace] = self
 
     @property
@@ -216,6 +230,8 @@ class OpLibrary:
         setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
         backward: Callable[..., Any] | None = None,
         dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES,
+        typed: tuple[str, ...] = (),
+        check: Check | None = None,
     ) -> Op:
         """Define ``namespace::<schema>`` and its twin, with the reference as the default kernel of both.
 
@@ -225,8 +241,12 @@ class OpLibrary:
             fake: Returns empty outputs of the right shape, dtype and strides.
             setup_context: ``(ctx, inputs, output)``, saves what ``backward`` needs.
             backward: ``(ctx, *grads)``, returns one gradient per argument of the schema (None where there is none);
-                ``ctx.backward_op`` is the op ``<name>_backward``, if defined, of the kind that ran forward.
+                ``ctx.backward_op`` is the op ``<name>_backward``, if defined, of the kind that ran forward. Without
+                one, differentiating the op is an error.
             dtypes: Dtypes of the first argument that compiled kernels take; others run the reference.
+            typed: Names of further arguments that compiled kernels take in ``dtypes`` alone.
+            check: Takes the arguments of the schema and raises if they do not fit together. It runs before the
+                reference, ``fake`` and any call of the ``Op``; kernels check their arguments themselves.
 
         Raises:
             PluginError: The schema names an op of another namespace.
@@ -236,7 +256,10 @@ class OpLibrary:
             raise PluginError(f"{self.origin}: got schema {schema!r}, expected a name without namespace: it is given")
         for full_name in (name, f"{name}.reference"):
             self._torch_library.define(f"{full_name}({arguments}", tags=(torch.Tag.pt2_compliant_tag,))
-        op = _ops[f"{self.namespace}::{name}"] = Op(self.namespace, name, dtypes)
+        op = _ops[f"{self.namespace}::{name}"] = Op(
+            self.namespace, name, dtypes, typed, check, has_backward=backward is not None
+        )
+        reference, fake = dispatch.checked(check, reference), dispatch.checked(check, fake)
 
         def default_kernel(*args: Any) -> Any:
             device = args[0].device.type
@@ -246,30 +269,22 @@ class OpLibrary:
                 return op.default(*args)
             return reference(*args)
 
-        self._torch_library.impl(name, default_kernel, "CompositeExplicitAutograd")
-        self._torch_library.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
-        for full_name, kind in ((op.qualname, "default"), (f"{op.qualname}.reference", "reference")):
-            torch.library.register_fake(full_name, fake, lib=self._torch_library)
-            if backward is not None:
-                torch.library.register_autograd(
-                    full_name,
-                    backward,
-                    setup_context=_with_backward_op(setup_context, f"{op.qualname}_backward", kind),
-                    lib=self._torch_library,
-                )
+        for full_name, kind, kernel in (
+            (name, "default", default_kernel),
+            (f"{name}.reference", "reference", reference),
+        ):
+            dispatch.register(
+                *(self._torch_library, full_name, kernel),
+                fake=fake,
+                setup_context=setup_context,
+                backward=backward,
+                backward_op=functools.partial(_backward_of, op.qualname, kind),
+            )
         return op
 
 
-def _with_backward_op(
-    setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None, backward_name: str, kind: str
-) -> Callable[..., None]:
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        if backward_name in _ops:
-            ctx.backward_op = getattr(_ops[backward_name], kind)
-        if setup_context is not None:
-            setup_context(ctx, inputs, output)
-
-    return setup
+def _backward_of(name: str, kind: str) -> Callable[..., Any] | None:
+    return getattr(_ops.get(f"{name}_backward"), kind, None)
 
 
 def libraries() -> dict[str, OpLibrary]:

@@ -112,12 +112,55 @@ def test_the_reference_is_sound():
         ({"log_gate": torch.zeros(1, 4, 2, 2, 5), "causal": True}, ValueError, "the shape of q$"),
         ({"segments": torch.ones(1, 4)}, TypeError, "expected integers"),
         ({"q": torch.zeros(1, 4, 2, 5, dtype=torch.int64)}, TypeError, "expected a floating-point dtype"),
+        ({"v": torch.zeros(1, 4, 2, 5).to(torch.float8_e4m3fn)}, TypeError, "v: got torch.float8_e4m3fn"),
     ],
 )
 def test_a_wrong_argument_is_named(change, error, text):
     given: dict[str, Any] = {name: torch.zeros(1, 4, 2, 5) for name in ("q", "k", "v", "log_gate")}
     with pytest.raises(error, match=text):
         gated_linear_attention(**{**given, **change})
+
+
+@pytest.mark.parametrize(
+    ("index", "wrong", "text"),
+    [
+        (1, torch.zeros(1, 4, 2, 6), "k: got shape"),
+        (2, torch.zeros(1, 5, 2, 3), "v: got shape"),
+        (2, torch.zeros(1, 4, 2, 3).half(), "v: got .*float16"),
+        (3, torch.zeros(1, 4, 3, 2, 5), "log_gate: D: got 3, expected 1 to 2"),
+        (3, torch.zeros(1, 4, 2, 2, 5).double(), "log_gate: got .*float64"),
+        (4, torch.ones(1, 3, dtype=torch.int64), "segments: got shape"),
+        (4, torch.ones(1, 4), "segments: got .*float32"),
+        (5, torch.zeros(1, 4, 2, 4), "grad: got shape"),
+    ],
+)
+def test_the_op_itself_refuses_wrong_arguments_with_and_without_kernel(compiled, index, wrong, text):
+    good = [torch.zeros(1, 4, 2, 5), torch.zeros(1, 4, 2, 5), torch.zeros(1, 4, 2, 3), torch.zeros(1, 4, 2, 2, 5), None]
+    given = [*good, torch.zeros(1, 4, 2, 3)]
+    given[index] = wrong
+    *inputs, grad = given
+    for backend in ("default", "reference"):
+        forward = getattr(torch.ops.gla.gated_linear_attention, backend)
+        backward = getattr(torch.ops.gla.gated_linear_attention_backward, backend)
+        if index < 5:
+            with pytest.raises((RuntimeError, ValueError, TypeError), match=f"gla::gated_linear_attention: {text}"):
+                forward(*inputs)
+        with pytest.raises(
+            (RuntimeError, ValueError, TypeError), match=f"gla::gated_linear_attention_backward: {text}"
+        ):
+            backward(grad, *inputs)
+
+
+@pytest.mark.parametrize("policy", ["compiled", "reference"])
+def test_autocast_changes_no_bit_and_forward_mode_is_refused(compiled, policy):
+    inputs = [x.float().requires_grad_() for x in arguments()]
+    with kernel_policy(policy):
+        expected = torch.autograd.grad(gated_linear_attention(*inputs).sum(), inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = torch.autograd.grad(gated_linear_attention(*inputs).sum(), inputs)
+        with pytest.raises(NotImplementedError, match="forward-mode AD"):
+            torch.func.jvp(lambda q: gated_linear_attention(q, *inputs[1:]), (inputs[0],), (inputs[0],))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_fp64_has_no_kernel():

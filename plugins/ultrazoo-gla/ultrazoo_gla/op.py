@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ultrazoo.ops import OpLibrary
+from ultrazoo.ops.arguments import FLOATING, Arguments
 from ultrazoo.spec import OpSpec
 from ultrazoo_gla.reference import (
     gated_linear_attention_backward_reference,
@@ -17,6 +19,7 @@ from ultrazoo_gla.reference import (
 )
 from ultrazoo_gla.samples import bench_samples, cost, samples
 
+_NAME = "gla::gated_linear_attention"
 library = OpLibrary("gla", sources=Path(__file__).parent / "csrc")
 
 
@@ -85,8 +88,8 @@ def _arguments(
     if segments is not None and (segments.is_floating_point() or segments.dtype == torch.bool):
         raise TypeError(f"{where}: segments: got {segments.dtype}, expected integers; 0 is padding")
     for name, x in (("q", q), ("k", k), ("v", v), ("log_gate", log_gate)):
-        if not x.is_floating_point():
-            raise TypeError(f"{where}: {name}: got {x.dtype}, expected a floating-point dtype")
+        if x.dtype not in FLOATING:
+            raise TypeError(f"{where}: {name}: got {x.dtype}, expected a floating-point dtype of 16, 32 or 64 bits")
     for name, other_input in (("k", k), ("v", v), ("log_gate", log_gate), ("segments", segments)):
         if other_input is not None and other_input.device != q.device:
             raise ValueError(f"{where}: {name}: got {other_input.device}, expected {q.device}, the device of q")
@@ -110,8 +113,21 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*ctx.backward_op(grad, *ctx.saved_tensors), None)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError("gated_linear_attention has no second derivative; call backward without create_graph")
+def _check(name: str, q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, segments: Tensor | None) -> Arguments:
+    """Check the arguments of the op itself, as the kernel does."""
+    args = Arguments(name, q)
+    args.tensor("q", q, "B, L, H, K")
+    args.tensor("k", k, "B, L, H, K", q.dtype)
+    args.tensor("v", v, "B, L, H, V", q.dtype)
+    args.tensor("log_gate", log_gate, "B, L, D, H, K", torch.promote_types(q.dtype, torch.float32))
+    args.number("log_gate: D", log_gate.shape[2], 1, 2)
+    args.tensor("segments", segments, "B, L", torch.int64)
+    return args
+
+
+def _check_backward(grad: Tensor, q: Tensor, *inputs: Any) -> None:
+    args = _check(f"{_NAME}_backward", q, *inputs)
+    args.tensor("grad", grad, "B, L, H, V", q.dtype)
 
 
 _backward = library.define(
@@ -119,7 +135,7 @@ _backward = library.define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     gated_linear_attention_backward_reference,
     fake=lambda grad, q, k, v, log_gate, segments: tuple(x.new_empty(x.shape) for x in (q, k, v, log_gate)),
-    backward=_no_second_derivative,
+    check=_check_backward,
 )
 _attention = library.define(
     "gated_linear_attention(Tensor q, Tensor k, Tensor v, Tensor log_gate, Tensor? segments) -> Tensor",
@@ -127,6 +143,7 @@ _attention = library.define(
     fake=lambda q, k, v, log_gate, segments: v.new_empty(v.shape),
     setup_context=_save,
     backward=_gradients,
+    check=functools.partial(_check, _NAME),
 )
 
 SPEC = OpSpec(

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ultrazoo.ops import library, loader
+from ultrazoo.ops.arguments import MOST, Arguments, document_numbers, wide, widest
 from ultrazoo.ops.attention.plain import plain_sigmoid, plain_softmax
 from ultrazoo.ops.attention.reference import attention_backward_reference, attention_reference
 from ultrazoo.ops.attention.samples import bench_samples, cost, samples
+from ultrazoo.ops.dispatch import without_autocast
 from ultrazoo.ops.philox import draw_seed, kept_of_65536
 from ultrazoo.ops.segments import checked
 from ultrazoo.spec import OpSpec
 
 Kind = Literal["softmax", "sigmoid"]
+_NAME = "ultrazoo::attention"
 
 
 def attention(
@@ -60,11 +64,13 @@ def attention(
             RuntimeError).
         TypeError: A dtype does not fit.
     """
-    q, k, v, segments = _checked(q, k, v, segments, dropout, seed, kind, prefix)
-    scale = _scale(q) if scale is None else scale
+    q, k, v, segments, scale = _arguments(q, k, v, segments, dropout, kind, scale)
     if (seed is None or dropout == 0) and _runs_plain(q.device.type, kind):
+        unused = torch.zeros((), dtype=torch.int64) if seed is None else seed
+        _check(_NAME, q, k, v, segments, unused, kept_of_65536(dropout), scale, prefix, kind == "sigmoid")
         plain = plain_softmax if kind == "softmax" else plain_sigmoid
-        return plain(q, k, v, None if segments is None else checked(segments), dropout, scale, prefix)
+        documents = None if segments is None else checked(segments)
+        return without_autocast(plain)(q, k, v, documents, dropout, scale, prefix)
     return _run(_attention, q, k, v, segments, dropout, seed, kind, scale, prefix)
 
 
@@ -81,13 +87,12 @@ def _reference(
     prefix: int = 0,
 ) -> Tensor:
     """``attention`` by its reference, whatever the kernel policy."""
-    q, k, v, segments = _checked(q, k, v, segments, dropout, seed, kind, prefix)
-    scale = _scale(q) if scale is None else scale
+    q, k, v, segments, scale = _arguments(q, k, v, segments, dropout, kind, scale)
     return _run(_attention.reference, q, k, v, segments, dropout, seed, kind, scale, prefix)
 
 
 def _scale(q: Tensor) -> float:
-    return float(max(1, q.shape[3]) ** -0.5)
+    return float(max(1, q.shape[-1] if q.dim() else 1) ** -0.5)
 
 
 def _run(
@@ -102,10 +107,8 @@ def _run(
     scale: float,
     prefix: int,
 ) -> Tensor:
-    if dropout == 0:
-        seed = torch.zeros((), dtype=torch.int64)
-    elif seed is None:
-        seed = draw_seed()
+    if seed is None:
+        seed = draw_seed() if dropout > 0 else torch.zeros((), dtype=torch.int64)
     o, _ = op(q, k, v, segments, seed, kept_of_65536(dropout), scale, prefix, kind == "sigmoid")
     result: Tensor = o
     return result
@@ -122,51 +125,56 @@ def _runs_plain(device: str, kind: Kind) -> bool:
     return not _attention.has_kernel(device)
 
 
-def _checked(
+def _arguments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     segments: Tensor | None,
     dropout: float,
-    seed: Tensor | None,
     kind: str,
-    prefix: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Check what the caller gave, and bring it to one dtype."""
-    if q.dim() != 4 or prefix < 0:
-        raise ValueError(f"attention: q, prefix: got {_shape(q)} and {prefix}, expected (B, L, H, K) and at least 0")
-    B, L, H, K = q.shape
-    if _shape(k) != (B, prefix + L, H, K):
-        raise ValueError(
-            f"attention: k: got {_shape(k)}, expected {(B, prefix + L, H, K)}; q is {_shape(q)} = (B, L, H, K) and "
-            f"prefix {prefix}"
-        )
-    if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"attention: v: got {_shape(v)}, expected ({B}, {prefix + L}, {H}, V); k is {_shape(k)}")
-    if segments is not None and segments.shape != q.shape[:2]:
-        raise ValueError(f"attention: segments: got {_shape(segments)}, expected ({B}, {L}); one number per query")
-    if segments is not None and (segments.is_floating_point() or segments.dtype == torch.bool):
-        raise TypeError(f"attention: segments: got {segments.dtype}, expected integers; 0 is padding")
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
+    """Check the options, and bring the tensors to what the schema takes."""
     if not 0 <= dropout < 1:
-        raise ValueError(f"attention: dropout: got {dropout}, expected a probability in [0, 1)")
-    if seed is not None and (seed.dim() != 0 or seed.dtype != torch.int64):
-        raise ValueError(
-            f"attention: seed: got {_shape(seed)} {seed.dtype}, expected a 0-dim int64 tensor; torch.tensor(1)"
-        )
+        raise ValueError(f"{_NAME}: dropout: got {dropout}, expected a probability in [0, 1)")
     if kind not in get_args(Kind):
-        raise ValueError(f"attention: kind: got {kind!r}, expected one of {', '.join(get_args(Kind))}")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not x.is_floating_point():
-            raise TypeError(f"attention: {name}: got {x.dtype}, expected a floating-point dtype")
-    for name, other in (("k", k), ("v", v), ("segments", segments)):
-        if other is not None and other.device != q.device:
-            raise ValueError(f"attention: {name}: got {other.device}, expected {q.device}, the device of q")
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    return q.to(dtype), k.to(dtype), v.to(dtype), None if segments is None else segments.to(torch.int64)
+        raise ValueError(f"{_NAME}: kind: got {kind!r}, expected one of {', '.join(get_args(Kind))}")
+    dtype = widest(_NAME, q=q, k=k, v=v)
+    q, k, v, segments = q.to(dtype), k.to(dtype), v.to(dtype), document_numbers(_NAME, segments)
+    scale = _scale(q) if scale is None else scale
+    return q, k, v, segments, scale
 
 
-def _shape(x: Tensor) -> tuple[int, ...]:
-    return tuple(x.shape)
+def _check(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Tensor | None,
+    seed: Tensor,
+    keep: int,
+    scale: float,
+    prefix: int,
+    sigmoid: bool,
+) -> Arguments:
+    args = Arguments(name, q)
+    args.tensor("q", q, "B, L, H, K")
+    args.number("prefix", prefix, 0, 1 << 40)
+    args.sizes["P + L"] = prefix + q.shape[1]
+    args.tensor("k", k, "B, P + L, H, K", q.dtype)
+    args.tensor("v", v, "B, P + L, H, V", q.dtype)
+    args.tensor("segments", segments, "B, L", torch.int64)
+    args.tensor("seed", seed, "", torch.int64, devices=(torch.device("cpu"),))
+    args.number("keep", keep, 1, 65536)
+    args.number("scale", scale, -MOST, MOST)
+    return args
+
+
+def _check_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any) -> None:
+    args = _check(f"{_NAME}_backward", q, k, v, *options)
+    args.tensor("grad", grad, "B, L, H, V", q.dtype)
+    args.tensor("o", o, "B, L, H, V", q.dtype)
+    args.tensor("lse", lse, "0, H, L" if options[-1] else "B, H, L", wide(q.dtype))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -179,10 +187,6 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     dq, dk, dv = ctx.backward_op(grad, *ctx.saved_tensors, *ctx.options)
     return dq, dk, dv, None, None, None, None, None, None
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError("attention has no second derivative; call backward without create_graph")
 
 
 def _fake(
@@ -207,7 +211,7 @@ _attention_backward = library.define(
     "-> (Tensor, Tensor, Tensor)",
     attention_backward_reference,
     fake=lambda grad, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
-    backward=_no_second_derivative,
+    check=_check_backward,
 )
 _attention = library.define(
     f"attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
@@ -215,6 +219,7 @@ _attention = library.define(
     fake=_fake,
     setup_context=_save,
     backward=_gradients,
+    check=functools.partial(_check, _NAME),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ultrazoo.ops import library
+from ultrazoo.ops.arguments import Arguments, wide
 from ultrazoo.ops.bitlinear.reference import (
     TILE,
     bitlinear_backward_reference,
@@ -27,6 +29,11 @@ from ultrazoo.ops.bitlinear.samples import (
 )
 from ultrazoo.spec import OpSpec
 
+LEAST_EPS, MOST_EPS = 1e-36, 1e18
+"""127 / eps and eps^2 are finite in fp32."""
+MOST_COLUMNS = 0x7FFFFFFF // 256
+"""The kernels' sums of integers fit int32."""
+
 
 def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
     """y = Q8(x) Qt(W)^T + bias: activations in int8 per token, ternary weights per matrix (BitNet b1.58).
@@ -43,16 +50,16 @@ def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: flo
         x: (..., K); its dtype is that of the products and of y.
         weight: (N, K) master weight, of any floating-point dtype; it is quantised as it is, never rounded to that of x.
         bias: (N,) or None.
-        eps: The least that mean |W| and max |x| count for.
+        eps: The least that mean |W| and max |x| count for, from 1e-36 to 1e18.
 
     Returns:
         (..., N), contiguous, in the dtype of x.
 
     Raises:
-        ValueError: A shape or a device does not fit.
-        TypeError: A dtype is not floating-point.
+        ValueError: A shape, a device or eps does not fit.
+        TypeError: A dtype is not a floating-point one of 16, 32 or 64 bits.
+        KernelUnavailableError: The policy is ``compiled``, and x, the weight or the bias is in fp64.
     """
-    _check(x, weight, bias)
     y: Tensor = _bitlinear(x, weight, bias, eps)[0]
     return y
 
@@ -82,7 +89,9 @@ def pack_ternary(weight: Tensor, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
         ValueError: The weight is not a matrix, or is empty.
         TypeError: Its dtype is not floating-point.
     """
-    _check_weight("pack_ternary", weight)
+    args = Arguments("pack_ternary", weight)
+    _check_weight(args, weight)
+    _check_eps(args, eps)
     codes, scale = ternarize(weight.detach(), eps, torch.int8)
     return pack(codes), scale.to(torch.float32).expand(weight.shape[0]).contiguous()
 
@@ -108,68 +117,69 @@ def bitlinear_packed(
         ValueError: A shape or a device does not fit, or x requires a gradient.
         TypeError: A dtype does not fit.
     """
-    _check_packed(x, packed, scale, bias)
+    _refuse_gradient(x)
     y: Tensor = _bitlinear_packed(x, packed, scale, bias, eps)
     return y
 
 
 def _bitlinear_twin(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
     """``bitlinear`` by its reference, whatever the kernel policy."""
-    _check(x, weight, bias)
     y: Tensor = _bitlinear.reference(x, weight, bias, eps)[0]
     return y
 
 
 def _packed_twin(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
     """``bitlinear_packed`` by its reference, whatever the kernel policy."""
-    _check_packed(x, packed, scale, bias)
+    _refuse_gradient(x)
     y: Tensor = _bitlinear_packed.reference(x, packed, scale, bias, eps)
     return y
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _check_weight("bitlinear", weight)
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"bitlinear: x: got {tuple(x.shape)}, expected (..., {weight.shape[1]}); weight is {tuple(weight.shape)}"
-        )
-    _check_rest("bitlinear", x, weight.shape[0], bias, weight=weight)
-
-
-def _check_weight(op: str, weight: Tensor) -> None:
-    if weight.dim() != 2 or weight.numel() == 0:
-        raise ValueError(f"{op}: weight: got {tuple(weight.shape)}, expected (N, K), neither of them 0")
-    if not weight.is_floating_point():
-        raise TypeError(f"{op}: weight: got {weight.dtype}, expected a floating-point dtype")
-
-
-def _check_packed(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-    op = "bitlinear_packed"
-    if scale.dim() != 1 or x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{op}: x, scale: got {tuple(x.shape)} and {tuple(scale.shape)}, expected (..., K) and (N,)")
-    expected = (-(-scale.shape[0] // TILE), -(-x.shape[-1] // TILE), TILE * TILE // 4)
-    if packed.shape != expected:
-        raise ValueError(
-            f"{op}: packed: got {tuple(packed.shape)}, expected {expected}; x is {tuple(x.shape)} = (..., K) and scale "
-            f"{tuple(scale.shape)} = (N,)"
-        )
-    if packed.dtype != torch.uint8 or scale.dtype != torch.float32:
-        raise TypeError(f"{op}: packed, scale: got {packed.dtype} and {scale.dtype}, expected uint8 and float32")
+def _refuse_gradient(x: Tensor) -> None:
     if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{op}: x: got a tensor that requires a gradient, which this op lacks; train with bitlinear")
-    _check_rest(op, x, scale.shape[0], bias, packed=packed, scale=scale)
+        raise ValueError(
+            "ultrazoo::bitlinear_packed: x: got a tensor that requires a gradient, which this op lacks; "
+            "train with bitlinear"
+        )
 
 
-def _check_rest(op: str, x: Tensor, n: int, bias: Tensor | None, **others: Tensor) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"{op}: x: got {x.dtype}, expected a floating-point dtype")
-    if bias is not None:
-        if bias.shape != (n,):
-            raise ValueError(f"{op}: bias: got {tuple(bias.shape)}, expected ({n},)")
-        others["bias"] = bias
-    for name, other in others.items():
-        if other.device != x.device:
-            raise ValueError(f"{op}: {name}: got {other.device}, expected {x.device}, the device of x")
+def _check_weight(args: Arguments, weight: Tensor) -> None:
+    args.tensor("weight", weight, "N, K")
+    args.number("N", weight.shape[0], 1, math.inf)
+    args.number("K", weight.shape[1], 1, MOST_COLUMNS)
+
+
+def _check_eps(args: Arguments, eps: float) -> None:
+    args.number("eps", eps, LEAST_EPS, MOST_EPS)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+    args = Arguments("ultrazoo::bitlinear", x)
+    _check_weight(args, weight)
+    args.tensor("x", x, "..., K")
+    args.tensor("bias", bias, "N")
+    _check_eps(args, eps)
+
+
+def _check_backward(grad: Tensor, integers: Tensor, token_scale: Tensor, weight: Tensor, eps: float) -> None:
+    args = Arguments("ultrazoo::bitlinear_backward", grad)
+    _check_weight(args, weight)
+    args.tensor("grad", grad, "..., N")
+    args.tensor("integers", integers, "..., K", torch.int8)
+    args.tensor("token_scale", token_scale, "..., 1", wide(grad.dtype))
+    _check_eps(args, eps)
+
+
+def _check_packed(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, eps: float) -> None:
+    args = Arguments("ultrazoo::bitlinear_packed", x)
+    args.tensor("x", x, "..., K")
+    args.tensor("scale", scale, "N", torch.float32)
+    args.tensor("bias", bias, "N")
+    args.number("K", args.sizes["K"], 1, MOST_COLUMNS)
+    for symbol in "NK":
+        args.sizes[f"ceil({symbol} / {TILE})"] = -(-args.sizes[symbol] // TILE)
+    args.tensor("packed", packed, "ceil(N / 16), ceil(K / 16), 64", torch.uint8)
+    _check_eps(args, eps)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,10 +209,6 @@ def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return dx, dw, db, None
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError("bitlinear has no second derivative; call backward without create_graph")
-
-
 _bitlinear_backward = library.define(
     "bitlinear_backward(Tensor grad, Tensor integers, Tensor token_scale, Tensor weight, float eps) "
     "-> (Tensor, Tensor)",
@@ -211,7 +217,8 @@ _bitlinear_backward = library.define(
         grad.new_empty(integers.shape),
         weight.new_empty(weight.shape),
     ),
-    backward=_no_second_derivative,
+    typed=("weight",),
+    check=_check_backward,
 )
 _bitlinear = library.define(
     "bitlinear(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
@@ -219,11 +226,15 @@ _bitlinear = library.define(
     fake=_fake,
     setup_context=_save,
     backward=_gradients,
+    typed=("weight", "bias"),
+    check=_check,
 )
 _bitlinear_packed = library.define(
     "bitlinear_packed(Tensor x, Tensor packed, Tensor scale, Tensor? bias, float eps) -> Tensor",
     bitlinear_packed_reference,
     fake=lambda x, packed, scale, bias, eps: x.new_empty((*x.shape[:-1], scale.shape[0])),
+    typed=("bias",),
+    check=_check_packed,
 )
 
 

@@ -75,7 +75,7 @@ def bitlinear_backward_reference(
         codes, scale = ternarize(weight, eps, _product_dtype(grad))
         rows = grad.to(codes.dtype).reshape(-1, grad.shape[-1])
         dx = torch.matmul(rows, codes).mul_(scale).view(integers.shape)
-        x = (integers * token_scale).to(codes.dtype).view(-1, integers.shape[-1])
+        x = (integers * token_scale).to(codes.dtype).reshape(-1, integers.shape[-1])
         return dx.to(grad.dtype), torch.matmul(rows.mT, x).to(weight.dtype)
 
 

@@ -10,9 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ultrazoo.ops import library
+from ultrazoo.ops.arguments import Arguments
 from ultrazoo.ops.dropout.reference import dropout_reference
 from ultrazoo.ops.philox import draw_seed, kept_of_65536
 from ultrazoo.spec import Cost, OpSpec, Sample
+
+_NAME = "ultrazoo::dropout"
 
 
 def dropout(x: Tensor, p: float, *, seed: Tensor | None = None) -> Tensor:
@@ -33,7 +36,7 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None) -> Tensor:
         ValueError: p or the seed does not fit.
         TypeError: x is not floating-point.
     """
-    keep = _checked(x, p, seed)
+    keep = _keep(x, p, seed)
     if p == 0:
         return x
     result: Tensor = _dropout(x, draw_seed() if seed is None else seed, keep)
@@ -42,23 +45,28 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None) -> Tensor:
 
 def _reference(x: Tensor, p: float, *, seed: Tensor | None = None) -> Tensor:
     """``dropout`` by its reference, whatever the kernel policy."""
-    keep = _checked(x, p, seed)
+    keep = _keep(x, p, seed)
     if p == 0:
         return x
     result: Tensor = _dropout.reference(x, draw_seed() if seed is None else seed, keep)
     return result
 
 
-def _checked(x: Tensor, p: float, seed: Tensor | None) -> int:
+def _keep(x: Tensor, p: float, seed: Tensor | None) -> int:
+    """Check what the op does not, and return the probability of keeping in 65536ths."""
     if not 0 <= p < 1:
-        raise ValueError(f"dropout: p: got {p}, expected a probability in [0, 1); 1 would leave nothing")
-    if not x.is_floating_point():
-        raise TypeError(f"dropout: x: got {x.dtype}, expected a floating-point dtype")
-    if seed is not None and (seed.dim() != 0 or seed.dtype != torch.int64):
-        raise ValueError(
-            f"dropout: seed: got {tuple(seed.shape)} {seed.dtype}, expected a 0-dim int64 tensor; torch.tensor(1)"
-        )
-    return kept_of_65536(p)
+        raise ValueError(f"{_NAME}: p: got {p}, expected a probability in [0, 1); 1 would leave nothing")
+    keep = kept_of_65536(p)
+    if p == 0:  # no op is called
+        _check(x, torch.zeros((), dtype=torch.int64) if seed is None else seed, keep)
+    return keep
+
+
+def _check(x: Tensor, seed: Tensor, keep: int) -> None:
+    args = Arguments(_NAME, x)
+    args.tensor("x", x, "...")
+    args.tensor("seed", seed, "", torch.int64, devices=(torch.device("cpu"),))
+    args.number("keep", keep, 1, 65536)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -82,6 +90,7 @@ _dropout_backward = library.define(
     fake=lambda grad, *_: grad.new_empty(grad.shape),
     setup_context=_save,
     backward=_second_gradient,
+    check=_check,
 )
 _dropout = library.define(
     "dropout(Tensor x, Tensor seed, int keep) -> Tensor",
@@ -89,6 +98,7 @@ _dropout = library.define(
     fake=lambda x, *_: x.new_empty(x.shape),
     setup_context=_save,
     backward=_gradient,
+    check=_check,
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ultrazoo.ops import library
+from ultrazoo.ops.arguments import Arguments, document_numbers, wide, widest
 from ultrazoo.ops.retention.reference import (
     retention_backward_reference,
     retention_parallel,
@@ -16,6 +19,8 @@ from ultrazoo.ops.retention.reference import (
 )
 from ultrazoo.ops.retention.samples import bench_samples, cost, samples
 from ultrazoo.spec import OpSpec
+
+_NAME = "ultrazoo::retention"
 
 
 def retention(
@@ -79,40 +84,39 @@ def _arguments(
     causal: bool,
     chunk_size: int | None,
 ) -> tuple[Any, ...]:
-    """Check what the caller gave, and bring it to what the schema takes."""
-    if q.dim() != 4 or k.shape != q.shape:
-        raise ValueError(f"retention: q, k: got {_shape(q)} and {_shape(k)}, expected one shape (B, L, H, K) for both")
-    if v.dim() != 4 or v.shape[:3] != q.shape[:3]:
-        expected = f"({q.shape[0]}, {q.shape[1]}, {q.shape[2]}, V)"
-        raise ValueError(f"retention: v: got {_shape(v)}, expected {expected}; q is {_shape(q)} = (B, L, H, K)")
-    if log_decay.shape != q.shape[2:3]:
-        raise ValueError(
-            f"retention: log_decay: got {_shape(log_decay)}, expected ({q.shape[2]},); one number per head of q"
-        )
-    if segments is not None and segments.shape != q.shape[:2]:
-        raise ValueError(
-            f"retention: segments: got {_shape(segments)}, expected ({q.shape[0]}, {q.shape[1]}); one number per token"
-        )
-    if segments is not None and (segments.is_floating_point() or segments.dtype == torch.bool):
-        raise TypeError(f"retention: segments: got {segments.dtype}, expected integers; 0 is padding")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"retention: chunk_size: got {chunk_size}, expected at least 1, or None")
+    """Bring what the caller gave to what the schema takes."""
+    dtype = widest(_NAME, q=q, k=k, v=v)
+    widest(_NAME, log_decay=log_decay)
     if log_decay.requires_grad:
-        raise ValueError("retention: log_decay: got a tensor that requires a gradient, expected a constant; detach it")
-    for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay)):
-        if not x.is_floating_point():
-            raise TypeError(f"retention: {name}: got {x.dtype}, expected a floating-point dtype")
-    for name, other in (("k", k), ("v", v), ("log_decay", log_decay), ("segments", segments)):
-        if other is not None and other.device != q.device:
-            raise ValueError(f"retention: {name}: got {other.device}, expected {q.device}, the device of q")
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    log_decay = log_decay.to(torch.promote_types(dtype, torch.float32))
-    segments = None if segments is None else segments.to(torch.int64)
+        raise ValueError(f"{_NAME}: log_decay: got a tensor that requires a gradient, expected a constant; detach it")
+    log_decay, segments = log_decay.to(wide(dtype)), document_numbers(_NAME, segments)
     return q.to(dtype), k.to(dtype), v.to(dtype), log_decay, segments, causal, chunk_size
 
 
-def _shape(x: Tensor) -> tuple[int, ...]:
-    return tuple(x.shape)
+def _check(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    segments: Tensor | None,
+    causal: bool,
+    chunk_size: int | None,
+) -> Arguments:
+    args = Arguments(name, q)
+    args.tensor("q", q, "B, L, H, K")
+    args.tensor("k", k, "B, L, H, K", q.dtype)
+    args.tensor("v", v, "B, L, H, V", q.dtype)
+    args.tensor("log_decay", log_decay, "H", wide(q.dtype))
+    args.tensor("segments", segments, "B, L", torch.int64)
+    if chunk_size is not None:
+        args.number("chunk_size", chunk_size, 1, math.inf)
+    return args
+
+
+def _check_backward(grad: Tensor, q: Tensor, *inputs: Any) -> None:
+    args = _check(f"{_NAME}_backward", q, *inputs)
+    args.tensor("grad", grad, "B, L, H, V", q.dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -125,16 +129,12 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dq, dk, dv, None, None, None, None
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError("retention has no second derivative; call backward without create_graph")
-
-
 _retention_backward = library.define(
     "retention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? segments, bool causal, "
     "int? chunk_size) -> (Tensor, Tensor, Tensor)",
     retention_backward_reference,
     fake=lambda grad, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
-    backward=_no_second_derivative,
+    check=_check_backward,
 )
 _retention = library.define(
     "retention(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? segments, bool causal, int? chunk_size) "
@@ -143,6 +143,7 @@ _retention = library.define(
     fake=lambda q, k, v, *_: v.new_empty(v.shape),
     setup_context=_save,
     backward=_gradients,
+    check=functools.partial(_check, _NAME),
 )
 
 

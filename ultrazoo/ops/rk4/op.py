@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ultrazoo.ops import library
+from ultrazoo.ops.arguments import MOST, Arguments
 from ultrazoo.ops.rk4.reference import rk4_combine_reference, rk4_stage_reference
 from ultrazoo.spec import Cost, OpSpec, Sample
 
@@ -30,9 +31,9 @@ def rk4_combine(h: Tensor, k1: Tensor, k2: Tensor, k3: Tensor, k4: Tensor, dt: f
         (...) state at the end of the step, contiguous, in the dtype of h.
 
     Raises:
-        ValueError: Shapes, devices or the dtypes of the slopes differ.
+        ValueError: Shapes or devices differ, or dt is not finite.
+        TypeError: A dtype is not floating-point, or those of the slopes differ.
     """
-    _check("rk4_combine", h, (k1, k2, k3, k4))
     result: Tensor = _combine(h, k1, k2, k3, k4, dt)
     return result
 
@@ -51,20 +52,27 @@ def rk4_stage(h: Tensor, k: Tensor, c: float) -> Tensor:
         (...) state, contiguous, in the dtype of h.
 
     Raises:
-        ValueError: Shapes or devices differ.
+        ValueError: Shapes or devices differ, or c is not finite.
+        TypeError: A dtype is not floating-point.
     """
-    _check("rk4_stage", h, (k,))
     result: Tensor = _stage(h, k, c)
     return result
 
 
-def _check(op: str, h: Tensor, slopes: tuple[Tensor, ...]) -> None:
-    for i, k in enumerate(slopes, start=1):
-        if k.shape != h.shape or k.device != h.device or k.dtype != slopes[0].dtype:
-            raise ValueError(
-                f"{op}: slope {i}: got {tuple(k.shape)} {k.dtype} on {k.device}, "
-                f"expected {tuple(h.shape)} {slopes[0].dtype} on {h.device}; slopes have the shape and device of h"
-            )
+def _check_combine(h: Tensor, k1: Tensor, k2: Tensor, k3: Tensor, k4: Tensor, dt: float) -> None:
+    args = Arguments("ultrazoo::rk4_combine", h)
+    args.tensor("h", h, "...")
+    args.tensor("k1", k1, "...")
+    for name, k in (("k2", k2), ("k3", k3), ("k4", k4)):
+        args.tensor(name, k, "...", k1.dtype)
+    args.number("dt", dt, -MOST, MOST)
+
+
+def _check_stage(h: Tensor, k: Tensor, c: float) -> None:
+    args = Arguments("ultrazoo::rk4_stage", h)
+    args.tensor("h", h, "...")
+    args.tensor("k", k, "...")
+    args.number("c", c, -MOST, MOST)
 
 
 def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -92,6 +100,8 @@ _combine = library.define(
     fake=lambda h, *_: h.new_empty(h.shape),
     setup_context=_save_combine,
     backward=_combine_gradients,
+    typed=("k1",),
+    check=_check_combine,
 )
 _stage = library.define(
     "rk4_stage(Tensor h, Tensor k, float c) -> Tensor",
@@ -99,6 +109,8 @@ _stage = library.define(
     fake=lambda h, *_: h.new_empty(h.shape),
     setup_context=_save_stage,
     backward=_stage_gradients,
+    typed=("k",),
+    check=_check_stage,
 )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ultrazoo.ops import library
+from ultrazoo.ops.arguments import Arguments, document_numbers, wide, widest
 from ultrazoo.ops.selective_scan.reference import (
     CHUNK,
     selective_scan_backward_reference,
@@ -16,6 +18,8 @@ from ultrazoo.ops.selective_scan.reference import (
 )
 from ultrazoo.ops.selective_scan.samples import bench_samples, cost, samples
 from ultrazoo.spec import OpSpec
+
+_NAME = "ultrazoo::selective_scan"
 
 
 def selective_scan(
@@ -94,49 +98,48 @@ def _arguments(
     segments: Tensor | None,
     reverse: bool,
 ) -> tuple[Any, ...]:
-    """Check what the caller gave, and bring it to what the schema takes."""
-    if u.dim() != 3:
-        raise ValueError(f"selective_scan: u: got {tuple(u.shape)}, expected (batch, length, dim)")
-    if A.dim() != 2 or A.shape[0] != u.shape[2]:
-        raise ValueError(
-            f"selective_scan: A: got {tuple(A.shape)}, expected ({u.shape[2]}, state); u: {tuple(u.shape)}"
-        )
-    per_token = (u.shape[0], u.shape[1], A.shape[1])
-    per_channel = u.shape[2:]
-    expected = {
-        "delta": (delta, u.shape),
-        "B": (B, per_token),
-        "C": (C, per_token),
-        "D": (D, per_channel),
-        "z": (z, u.shape),
-        "delta_bias": (delta_bias, per_channel),
-        "segments": (segments, u.shape[:2]),
-    }
-    for name, (x, shape) in expected.items():
-        if x is not None and x.shape != shape:
-            raise ValueError(
-                f"selective_scan: {name}: got {tuple(x.shape)}, expected {tuple(shape)}; u is {tuple(u.shape)} = "
-                f"(batch, length, dim), A {tuple(A.shape)} = (dim, state)"
-            )
-    for name, x in {"u": u, "A": A, **{name: x for name, (x, _) in expected.items()}}.items():
-        if x is None:
-            continue
-        if x.device != u.device:
-            raise ValueError(f"selective_scan: {name}: got {x.device}, expected {u.device}, the device of u")
-        if name == "segments":
-            if x.is_floating_point() or x.dtype == torch.bool:
-                raise TypeError(f"selective_scan: segments: got {x.dtype}, expected integers; 0 is padding")
-        elif not x.is_floating_point():
-            raise TypeError(f"selective_scan: {name}: got {x.dtype}, expected a real floating-point dtype")
-    dtype = u.dtype
-    for x in (delta, B, C, z):
-        dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
-    wide = torch.promote_types(dtype, torch.float32)
+    """Bring what the caller gave to what the schema takes."""
+    dtype = widest(_NAME, u=u, delta=delta, B=B, C=C, z=z)
+    widest(_NAME, A=A, D=D, delta_bias=delta_bias)
     u, delta, B, C = (x.to(dtype) for x in (u, delta, B, C))
-    D, delta_bias = (None if x is None else x.to(wide) for x in (D, delta_bias))
+    D, delta_bias = (None if x is None else x.to(wide(dtype)) for x in (D, delta_bias))
     z = None if z is None else z.to(dtype)
-    segments = None if segments is None else segments.to(torch.int64)
-    return u, delta, A.to(wide), B, C, D, z, delta_bias, delta_softplus, segments, reverse
+    segments = document_numbers(_NAME, segments)
+    return u, delta, A.to(wide(dtype)), B, C, D, z, delta_bias, delta_softplus, segments, reverse
+
+
+def _check(
+    name: str,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    segments: Tensor | None,
+    reverse: bool,
+) -> Arguments:
+    args = Arguments(name, u)
+    args.tensor("u", u, "batch, length, dim")
+    args.tensor("delta", delta, "batch, length, dim", u.dtype)
+    args.tensor("A", A, "dim, state", wide(u.dtype))
+    args.tensor("B", B, "batch, length, state", u.dtype)
+    args.tensor("C", C, "batch, length, state", u.dtype)
+    args.tensor("D", D, "dim", wide(u.dtype))
+    args.tensor("z", z, "batch, length, dim", u.dtype)
+    args.tensor("delta_bias", delta_bias, "dim", wide(u.dtype))
+    args.tensor("segments", segments, "batch, length", torch.int64)
+    return args
+
+
+def _check_backward(grad: Tensor, states: Tensor, u: Tensor, *inputs: Any) -> None:
+    args = _check(f"{_NAME}_backward", u, *inputs)
+    args.tensor("grad", grad, "batch, length, dim", u.dtype)
+    args.sizes["ceil(length / 32)"] = -(-u.shape[1] // CHUNK)
+    args.tensor("states", states, "batch, ceil(length / 32), state, dim", wide(u.dtype))
 
 
 def _fake(u: Tensor, delta: Tensor, A: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -165,10 +168,6 @@ def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return *present, None, None, None
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError("selective_scan has no second derivative; call backward without create_graph")
-
-
 _ARGUMENTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
     "bool delta_softplus, Tensor? segments, bool reverse"
@@ -177,7 +176,7 @@ _scan_backward = library.define(
     f"selective_scan_backward(Tensor grad, Tensor states, {_ARGUMENTS}) -> ({', '.join(['Tensor'] * 8)})",
     selective_scan_backward_reference,
     fake=_fake_backward,
-    backward=_no_second_derivative,
+    check=_check_backward,
 )
 _scan = library.define(
     f"selective_scan({_ARGUMENTS}) -> (Tensor, Tensor)",
@@ -185,6 +184,7 @@ _scan = library.define(
     fake=_fake,
     setup_context=_save,
     backward=_gradients,
+    check=functools.partial(_check, _NAME),
 )
 
 SPEC = OpSpec(

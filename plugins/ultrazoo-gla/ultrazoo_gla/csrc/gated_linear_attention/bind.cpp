@@ -11,6 +11,7 @@ namespace {
 struct Inputs {
   Tensor q, k, v, log_gate;
   Optional segments;
+  Arguments checks;
   GatedAttention args;
 
   Inputs(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& log_gate_, const Optional& segments_,
@@ -19,10 +20,14 @@ struct Inputs {
         k(torch::stable::contiguous(k_)),
         v(torch::stable::contiguous(v_)),
         log_gate(torch::stable::contiguous(log_gate_)),
-        segments(segments_ ? Optional(torch::stable::contiguous(*segments_)) : std::nullopt) {
-    check_same_shape(k, q, where);
-    STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), where,
-                    ": q, k and v have different dtypes");
+        segments(contiguous(segments_)),
+        checks(where, q_) {
+    checks.tensor("q", q, "B, L, H, K");
+    checks.tensor("k", k, "B, L, H, K", q.scalar_type());
+    checks.tensor("v", v, "B, L, H, V", q.scalar_type());
+    checks.tensor("log_gate", log_gate, "B, L, D, H, K", ScalarType::Float);
+    checks.range<int64_t>("log_gate: D", checks.size("D"), 1, 2);
+    checks.tensor("segments", segments, "B, L", ScalarType::Long);
     args = {
         .q = q.const_data_ptr(),
         .k = k.const_data_ptr(),
@@ -61,11 +66,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_, const T
                                                     const Tensor& v, const Tensor& log_gate, const Optional& segments) {
   const char* where = "gla::gated_linear_attention_backward";
   const Documents documents(segments, where);
-  const Inputs in(documents.close(q), documents.close(k), documents.close(v), documents.close(log_gate),
-                  documents.segments(), where);
+  Inputs in(documents.close(q), documents.close(k), documents.close(v), documents.close(log_gate), documents.segments(),
+            where);
+  in.checks.tensor("grad", grad_, "B, L, H, V", v.scalar_type());
   const Tensor grad = torch::stable::contiguous(documents.close(grad_));
-  check_same_shape(grad, v, where);
-  STD_TORCH_CHECK(grad.scalar_type() == v.scalar_type(), where, ": grad and v have different dtypes");
   Tensor dq = empty_contiguous(q, q.scalar_type()), dk = empty_contiguous(k, k.scalar_type());
   Tensor dv = empty_contiguous(v, v.scalar_type()), dlog_gate = empty_contiguous(log_gate, log_gate.scalar_type());
   if (in.items() > 0) {
