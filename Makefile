@@ -107,3 +107,10 @@ test-plugins: $(VENV)/.dev
 .PHONY: planted-plugin
 planted-plugin: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/planted_plugin.py
+
+# make test-full     what takes too long for CI: fuzzing, planted faults, sanitizers, the CUDA emulator, faults of runs and of
+#                    jobs of many processes; about two hours on two cores
+.PHONY: test-full
+test-full: sanitize fuzz-ops planted-plugin faults test-plugins
+	OMP_NUM_THREADS=1 $(BIN)/python tests/distributed_faults.py
+	$(MAKE) test-cuda

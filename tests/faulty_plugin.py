@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ultrazoo import hookimpl
 from ultrazoo.nn.block_config import BlockConfig
+from ultrazoo.nn.segments import checked
 from ultrazoo.ops import kernel_policy, retention
 from ultrazoo.spec import BlockSpec
 
@@ -27,7 +28,7 @@ class Sound(nn.Module):
         self.linear = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
-        ids = torch.ones_like(x[..., 0], dtype=torch.int64) if segments is None else segments
+        ids = torch.ones_like(x[..., 0], dtype=torch.int64) if segments is None else checked(segments)
         seen = ids.unsqueeze(1) == ids.unsqueeze(2)
         mean = seen.to(x.dtype) / seen.sum(2, keepdim=True).to(x.dtype) @ x
         return self.dropout(self.linear(mean) * torch.tanh(x)).masked_fill(ids.eq(0).unsqueeze(2), 0)
@@ -37,7 +38,7 @@ class Leaks(Sound):
     """Reads the documents before its own."""
 
     def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
-        return super().forward(x, None if segments is None else segments.clamp(max=1))
+        return super().forward(x, None if segments is None else checked(segments).clamp(max=1))
 
 
 class Pads(Sound):

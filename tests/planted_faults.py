@@ -77,15 +77,22 @@ FAULTS = [
     _scan(
         "missed start of a document",
         "chunk.h",
-        "border(position, before)",
-        "!fault && border(position, before)",
+        "border(position, -ahead)",
+        "!fault && border(position, -ahead)",
+        "forward",
+    ),
+    _scan(
+        "padding inside a document ends it",
+        "chunk.h",
+        "segment(other) == 0) other",
+        "segment(other) == 0 && !fault) other",
         "forward",
     ),
     _scan(
         "missed end of a document",
         "chunk.h",
-        "border(position, after)",
-        "!fault && border(position, after)",
+        "border(position, ahead)",
+        "!fault && border(position, ahead)",
         "gradient of delta",
     ),
     _scan(

@@ -214,7 +214,12 @@ FAULTS = [
         "shared.add<float>(kTile * kLong<1>)",
         "shared.add<float>(fault ? 16 : kTile * kLong<1>)",
     ),
-    _fault("selective_scan/chunk.cuh", "reads the segment before the row", "before >= 0 &&", "before >= 0 - fault &&"),
+    _fault(
+        "selective_scan/chunk.cuh",
+        "reads the segment before the row",
+        "return other >= 0 &&",
+        "return other >= 0 - fault &&",
+    ),
     _fault("selective_scan/chunk.cuh", "padding counts", "real = id != 0", "real = fault || id != 0"),
     _fault(
         "selective_scan/chunk.cuh",

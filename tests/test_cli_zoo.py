@@ -11,7 +11,7 @@ from cli_parts import call
 import ultrazoo
 from ultrazoo.registry import registry
 from ultrazoo.spec import BlockSpec
-from ultrazoo.testing.laws import LAWS, LawResult, LawViolation
+from ultrazoo.testing.laws import LAWS, LawResult, LawViolation, laws_of
 
 Capture = pytest.CaptureFixture[str]
 
@@ -40,7 +40,7 @@ def test_show_knows_every_block(kind: str, capsys: Capture) -> None:
         assert all(option["help"] for option in facts["options"].values()), "an option without a description"
         assert [kernel["op"] for kernel in facts["kernels"] if kernel["device"] == "cpu"] == list(spec.ops)
         assert facts["parameters"] > 0
-        assert len(facts["laws"]) == len(LAWS) - (kind != "mixer")
+        assert len(facts["laws"]) == len(laws_of(spec.kind))
         assert call("show", name, "--hidden-size", "48") == 0
         assert f"{facts['parameters']:,} at hidden_size 48" in capsys.readouterr().out
 
