@@ -102,3 +102,8 @@ test-plugins: $(VENV)/.dev
 	$(PIP) install -q --no-deps --target $(VENV)/plugins/site $(VENV)/plugins/sources/*/
 	set -e; for plugin in $(abspath $(VENV))/plugins/sources/*/; do cd $$plugin; OMP_NUM_THREADS=1 \
 	  PYTHONPATH=$(abspath $(VENV))/plugins/site $(abspath $(BIN))/python -m pytest -q -n $(JOBS) -p no:cacheprovider; done
+
+# make planted-plugin  five faults in the kernel of a scaffolded plugin, without the samples that show them: which checks fail
+.PHONY: planted-plugin
+planted-plugin: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/planted_plugin.py

@@ -24,6 +24,7 @@ LAYERS = [
         "ultrazoo.options",
         "ultrazoo.arguments",
         "ultrazoo.revisions",
+        "ultrazoo.callables",
     ],
     ["ultrazoo.caches", "ultrazoo.verdicts"],
     ["ultrazoo.ops"],

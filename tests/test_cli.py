@@ -78,6 +78,7 @@ def test_dry_run_builds_the_model_and_writes_nothing(
     table = capsys.readouterr().out
     assert "mixer standard_attn (x 2)" in table and "4 rows x 32 = 128" in table and "runs/tiny" in table
     assert f"1 file(s): {tmp_path / 'texts.parquet'}" in table and "adamw:" in table
+    assert "GFLOP, forward and backward" in table and "measured with 4 rows per micro-batch" in table
     assert call("train", config, "--dry-run", "--set", "training.local_parquet_dir=/no/such") == 1
     assert "training.local_parquet_dir: /no/such: no such file" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before

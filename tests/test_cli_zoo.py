@@ -40,7 +40,7 @@ def test_show_knows_every_block(kind: str, capsys: Capture) -> None:
         assert all(option["help"] for option in facts["options"].values()), "an option without a description"
         assert [kernel["op"] for kernel in facts["kernels"] if kernel["device"] == "cpu"] == list(spec.ops)
         assert facts["parameters"] > 0
-        assert len(facts["laws"]) == (10 if kind == "mixer" else 9)
+        assert len(facts["laws"]) == len(LAWS) - (kind != "mixer")
         assert call("show", name, "--hidden-size", "48") == 0
         assert f"{facts['parameters']:,} at hidden_size 48" in capsys.readouterr().out
 

@@ -17,13 +17,15 @@ import ultrazoo
 from ultrazoo import registry as registry_module
 from ultrazoo.cli.plugins import last_check
 from ultrazoo.errors import ConfigError, UnknownNameError
-from ultrazoo.ops import kernel_status
+from ultrazoo.ops import kernel_policy, kernel_status
+from ultrazoo.ops.library import KernelStatus
 from ultrazoo.plugins import Plugin
 from ultrazoo.registry import Registry, registry
 from ultrazoo.spec import BlockSpec, PresetSpec
-from ultrazoo.testing import conformance_tests
+from ultrazoo.testing import conformance_parts, conformance_tests, kernel_laws, model_parity
 from ultrazoo.testing.conformance import ConformanceFailure, Result, plan
 from ultrazoo.testing.conformance_result import bounded
+from ultrazoo.testing.laws import LAWS
 from ultrazoo.verdicts import verdict_path
 
 SLOW = ("law: compile", "speed: against attention")
@@ -70,7 +72,7 @@ EVERYTHING_REPEATS = {"law: padding", "law: packing", "law: batch order", "law: 
         ("pads", {"law: padding", "law: packing", "law: gaps"}),
         ("mutates", {"law: inputs"}),
         ("random", {*EVERYTHING_REPEATS, "law: determinism", "model: state goes round", "model: packing"}),
-        ("narrow", {"law: half precision", "model: half precision"}),
+        ("narrow", {"law: fp16", "model: half precision"}),
         ("forgets", {"law: state", "model: state goes round"}),
         ("idle", {"ops: are used"}),
         ("retains", set()),
@@ -190,7 +192,8 @@ def test_the_command_reports_in_every_form(
     assert (report["versions"]["torch"], report["versions"]["ultrazoo"]) == (torch.__version__, ultrazoo.__version__)
     assert report["counts"]["failed"] == 3 == sum(result["state"] == "failed" for result in report["results"])
     text = table.read_text()
-    assert "| `pads` (mixer) | **FAIL** 9/12 | pass 4/4 | pass 2/2 | 147,840 |" in text
+    laws = f"{len(LAWS) - 3}/{len(LAWS)}"
+    assert f"| `pads` (mixer) | **FAIL** {laws} | pass 4/4 | pass 2/2 | 147,840 |" in text
     assert "`ultrazoo check mine --quick`" in text and "://" not in text
     verdict = last_check(mine)
     assert (verdict["state"], verdict["failed"]) == ("failed", 3)
@@ -226,7 +229,7 @@ def test_pytest_collects_a_test_for_each_check(tmp_path: Path, parallel: tuple[s
     assert "ultrazoo[faulty]::sound-law-padding" in out and "ultrazoo[faulty]::faulty-plugin-loads" in out
     assert "mixer pads of plugin faulty: check 'law: padding' failed\n  " in out
     assert "expected at most 0" in out and "Traceback" not in out and "conformance_result.py" not in out
-    assert "4 failed, 11 passed" in out
+    assert "4 failed, 14 passed" in out  # three of them on compiled kernels
 
 
 def test_pytest_refuses_an_unknown_name(tmp_path: Path) -> None:
@@ -245,3 +248,24 @@ def test_pytest_is_left_alone_without_the_option(tmp_path: Path) -> None:
     clock = "time.process_time()"
     script = f"import time, pytest; t = {clock}; import ultrazoo.testing.pytest_plugin; print({clock} - t)"
     assert min(float(plugin_parts.run("-c", script).stdout) for _ in range(3)) < 0.15
+
+
+def test_a_kernel_that_is_not_there_is_a_failure_unless_references_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def without(op: str, device: str) -> KernelStatus:
+        return KernelStatus(
+            op=op, device=device, compiled=False, backward_compiled=False, detail="no C++ compiler", fix="install g++"
+        )
+
+    tasks = {task.check: task for task in plan("ultrazoo::rk4_stage", quick=True)}
+    for module in (conformance_parts, kernel_laws, model_parity):
+        monkeypatch.setattr(module, "kernel_status", without)
+    result = tasks["parity: float32"].run()
+    assert (result.state, result.what) == ("failed", "kernel exists: no C++ compiler; install g++")
+    checks = {task.check: task for task in plan("retnet", quick=True)}
+    assert "no C++ compiler; install g++" in checks["model: a step on kernels"].run().what
+    assert checks["compiled law: padding"].run().state == "not applicable"
+    with kernel_policy("reference"):
+        assert tasks["parity: float32"].run().state == "passed"
+        assert checks["model: a step on kernels"].run().state == "not applicable"

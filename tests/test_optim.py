@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ultrazoo.config import TrainingConfig
+from ultrazoo.config import TrainingConfig, load_config
 from ultrazoo.errors import CheckpointError, ConfigError
+from ultrazoo.model import build_model
 from ultrazoo.train import galore
 from ultrazoo.train.checkpoint import OPTIMIZER, load_optimizer, optimizer_tensors
 from ultrazoo.train.optim import build_optimizer, skips_on_device, split_parameters
@@ -185,3 +187,17 @@ def test_galore_torchs_projector_shrinks_the_state_and_the_loss() -> None:
     state: dict[str, Any] = optimizer.state[model[0].weight]
     assert sum(value.numel() for value in state.values()) == 8 * 64 * 3 + 1  # AdamW keeps 2 x 64 x 64
     assert "8,192 of them in 2 matrices at rank 8" in summary
+
+
+@pytest.mark.parametrize("preset", ["mini", "frankenstein", "standard", "embbert"])
+def test_the_config_reference_lists_what_is_excluded_from_weight_decay(preset: str) -> None:
+    small = {"hidden_size": 32, "num_heads": 2, "vocab_size": 100, "ffn_hidden_size": 32, "num_layers": 6}
+    small |= {"retention_heads": 2} if preset in ("mini", "frankenstein") else {}
+    small |= {"factorized_embedding_dim": 16} if preset in ("mini", "embbert") else {}
+    model = build_model(load_config(preset, [f"model.{name}={value}" for name, value in small.items()]).config.model)
+    reference = (Path(__file__).parents[1] / "configs/README.md").read_text()
+    section = reference.split("### What is excluded from weight decay")[1].split("\n## ")[0]
+    listed = set(re.findall(r"`([\w.]+)`", section))
+    for name in split_parameters(model).kept:
+        parts = name.split(".")
+        assert parts[-1] in listed or ".".join(parts[-2:]) in listed, name

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ultrazoo.callables import construct
 from ultrazoo.config import ModelConfig, block_config
 from ultrazoo.nn.dropout import Dropout
 from ultrazoo.nn.embeddings import EmbeddingConfig, Embeddings, MaskedLMHead
@@ -235,12 +236,12 @@ def _norm(config: ModelConfig, width: int) -> nn.Module:
     """Build the norm that the config names, for a width that need not be the model's."""
     spec = registry().block("norm", config.norm_type, "model.norm_type")
     options = block_config(spec, config)
-    return spec.module(options.model_copy(update={"hidden_size": width}))
+    return construct(spec, options.model_copy(update={"hidden_size": width}))
 
 
 def _block(config: ModelConfig, kind: str, name: str, position: int | None = None) -> nn.Module:
     spec = registry().block(kind, name, f"model ({kind})")
-    return spec.module(block_config(spec, config, position))
+    return construct(spec, block_config(spec, config, position))
 
 
 def _gather(seen: list[Aux], num_layers: int) -> tuple[Aux, Aux, Aux]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pluggy
 from pydantic import BaseModel
 
 from ultrazoo import hookspecs
+from ultrazoo.callables import guard_call, guard_items, place_of
 from ultrazoo.hookspecs import PLUGIN_API, PROJECT
-from ultrazoo.spec import KINDS, BlockSpec, OpSpec, PresetSpec
+from ultrazoo.spec import KINDS, BlockSpec, Cost, OpSpec, PresetSpec, Sample
 
 HOOKS: dict[str, type[Any]] = {"ultrazoo_ops": OpSpec, "ultrazoo_blocks": BlockSpec, "ultrazoo_presets": PresetSpec}
 Spec = BlockSpec | OpSpec | PresetSpec
@@ -83,7 +85,7 @@ def _checked(hook: str, answer: Any, kind: type[Spec]) -> tuple[Any, ...]:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{hook}() offered {name!r} {names.count(name)} times, expected once")
-    return offered
+    return tuple(_GUARDS[kind](spec) for spec in offered)
 
 
 def _check_block(spec: BlockSpec) -> None:
@@ -113,6 +115,36 @@ def _check_op(spec: OpSpec) -> None:
     for field in ("op", "reference", "samples", "bench_samples", "cost"):
         if not callable(getattr(spec, field)):
             raise TypeError(f"op {spec.name!r}: {field} must be a function, got {getattr(spec, field)!r}")
+    if spec.differentiable:
+        _check_backward(spec)
+
+
+def _check_backward(spec: OpSpec) -> None:
+    from ultrazoo.ops.library import library_of
+
+    library = library_of(spec.name)
+    if library is not None and not library.ops[spec.name].has_backward:
+        raise ValueError(
+            f"op {spec.name!r}: got differentiable=True and no backward; pass backward= to define(), or "
+            f"differentiable=False to OpSpec ({place_of(spec.op)})"
+        )
+
+
+def _guarded_block(spec: BlockSpec) -> BlockSpec:
+    if spec.state_size is None:
+        return spec
+    return replace(spec, state_size=guard_call(spec.state_size, f"block {spec.name!r}: state_size", int))
+
+
+def _guarded_op(spec: OpSpec) -> OpSpec:
+    where = f"op {spec.name!r}"
+    return replace(
+        spec,
+        samples=guard_items(spec.samples, f"{where}: samples", Sample),
+        bench_samples=guard_items(spec.bench_samples, f"{where}: bench_samples", Sample),
+        cost=guard_call(spec.cost, f"{where}: cost", Cost),
+        baselines={n: guard_call(f, f"{where}: baseline {n!r}") for n, f in spec.baselines.items()},
+    )
 
 
 def _check_preset(spec: PresetSpec) -> None:
@@ -123,3 +155,4 @@ def _check_preset(spec: PresetSpec) -> None:
 
 
 _CHECKS: dict[type, Any] = {BlockSpec: _check_block, OpSpec: _check_op, PresetSpec: _check_preset}
+_GUARDS: dict[type, Any] = {BlockSpec: _guarded_block, OpSpec: _guarded_op, PresetSpec: lambda spec: spec}

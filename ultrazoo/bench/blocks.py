@@ -14,6 +14,7 @@ from ultrazoo.bench.ops import backend_names, differentiated, time_sample
 from ultrazoo.bench.records import Task
 from ultrazoo.bench.session import Bench
 from ultrazoo.bench.timing import Case
+from ultrazoo.callables import construct
 from ultrazoo.config import ModelConfig, block_config, model_around
 from ultrazoo.errors import ConfigError
 from ultrazoo.ops import kernel_policy
@@ -109,7 +110,7 @@ def block_ways(ops: Iterable[OpSpec], device: torch.device) -> dict[str, Policy]
 
 def _build(bench: Bench, spec: BlockSpec, config: ModelConfig) -> nn.Module:
     torch.manual_seed(0)
-    return spec.module(block_config(spec, config)).to(bench.device, bench.dtype).train(bench.backward)
+    return construct(spec, block_config(spec, config)).to(bench.device, bench.dtype).train(bench.backward)
 
 
 def _case(bench: Bench, block: nn.Module, x: Tensor, policy: Policy, call: Callable[..., object] | None = None) -> Case:

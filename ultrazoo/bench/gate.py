@@ -9,10 +9,9 @@ import torch
 
 from ultrazoo.errors import UltrazooError
 from ultrazoo.ops.library import KernelStatus, kernel_status, library_of
-from ultrazoo.spec import OpSpec
+from ultrazoo.spec import OpSpec, Sample
 from ultrazoo.testing import parity
-
-_ERRORS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+from ultrazoo.testing.op_checks import ERRORS, raised
 
 
 class ParityError(UltrazooError):
@@ -59,23 +58,26 @@ def require_parity(
 
 
 def _checks(spec: OpSpec, device: torch.device, dtype: torch.dtype) -> Iterator[parity.Check]:
-    status = kernel_of(spec, device)
+    status, cases = kernel_of(spec, device), parity.Cases(spec, device, dtype)
+    samples = cases.samples  # a plugin's error in making them is no verdict
+    backend: parity.Backend = "op"
     if status is None:
-        verdicts, backend = _against_reference(spec, device, dtype), "op"
+        verdicts = _against_reference(spec, samples, device, dtype)
     else:
         backend = "compiled" if status.compiled else "reference"
-        verdicts = parity.check_op(spec, device, dtype, "compiled" if status.compiled else "reference")
+        verdicts = parity.check_op(spec, device, dtype, backend, cases=cases)
     try:
         yield from verdicts
-    except _ERRORS as error:
-        what = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        yield _verdict(spec, device, dtype, backend, "runs", False, detail=f"raised {type(error).__name__}: {what}")
+    except ERRORS as error:
+        yield _verdict(spec, device, dtype, backend, "runs", False, detail=raised(error, spec))
 
 
-def _against_reference(spec: OpSpec, device: torch.device, dtype: torch.dtype) -> Iterator[parity.Check]:
+def _against_reference(
+    spec: OpSpec, samples: Iterable[Sample], device: torch.device, dtype: torch.dtype
+) -> Iterator[parity.Check]:
     """Outputs and gradients of a plugin's op by the rule of the parity harness, the truth its reference in float64."""
     by_reference = replace(spec, op=spec.reference)
-    for sample in spec.samples(device, dtype):
+    for sample in samples:
         got = parity.run(spec, sample)
         truth, same = parity.run(by_reference, sample, torch.float64), parity.run(by_reference, sample)
         for kind, factor in (("outputs", parity.FORWARD_FACTOR), ("gradients", parity.GRADIENT_FACTOR)):

@@ -38,7 +38,9 @@ def train(
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check the config, build the model, run one row both ways, and stop."),
+        typer.Option(
+            "--dry-run", help="Check the config, build the model, report compute and memory per step, and stop."
+        ),
     ] = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="Say where the time of a step goes, and write a trace to the run folder.")
@@ -150,9 +152,10 @@ def annotated_yaml(loaded: LoadedConfig) -> str:
 
 
 def _rehearse(config: Config, run_dir: Path) -> None:
-    """Build the model, run one full row forwards and backwards on the CPU, and print what was built."""
+    """Build the model, run a row on the CPU, and print what was built and what a step costs."""
     import torch
 
+    from ultrazoo.bench.footprint import count_flops, measure_memory
     from ultrazoo.data.finding import find_files, summary
     from ultrazoo.errors import NonFiniteError
     from ultrazoo.model import build_model, parameter_table
@@ -174,6 +177,10 @@ def _rehearse(config: Config, run_dir: Path) -> None:
         output = model(token_ids, labels=token_ids)
         loss = output.loss_sum / output.num_targets
         (loss + sum(output.losses.values())).backward()
+        model.zero_grad(set_to_none=True)
+        flops, seconds = count_flops(model, config)
+        say("measuring the memory of two steps in a process of its own")
+        memory = measure_memory(config, seconds)
     if not loss.isfinite():
         raise NonFiniteError(f"the loss of one random row is {loss.item()}, expected a number; see the model section")
     total = sum(count for _, count in table)
@@ -191,5 +198,11 @@ def _rehearse(config: Config, run_dir: Path) -> None:
             ("optimiser", optimizer),
             ("tokens per step", f"{per_step} rows x {length} = {per_step * length:,}"),
             ("one random row", f"forwards and backwards, loss {loss.item():.2f}"),
+            ("compute per step", f"{flops / 1e9:,.1f} GFLOP, forward and backward"),
+            ("weights", f"{memory.weights / 2**20:,.1f} MiB"),
+            ("gradients", f"{memory.gradients / 2**20:,.1f} MiB"),
+            ("optimizer", f"{memory.optimizer / 2**20:,.1f} MiB"),
+            ("activations", f"{memory.activations / 2**20:,.1f} MiB, with temporaries and what the allocator keeps"),
+            ("expected memory", f"{memory.peak / 2**20:,.1f} MiB at the peak of a step on the CPU, {memory.basis}"),
         ],
     )

@@ -51,6 +51,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show a block: paper, equation, options, parameters, state, kernels, and the laws that it is held to."""
+    from ultrazoo.callables import construct
     from ultrazoo.config import ModelConfig, block_config, model_around
     from ultrazoo.ops.loader import without_builds
     from ultrazoo.registry import registry
@@ -65,7 +66,7 @@ def show(
         "kind": spec.kind,
         "paper": spec.paper,
         "equation": spec.equation,
-        "parameters": sum(parameter.numel() for parameter in spec.module(config).parameters()),
+        "parameters": sum(parameter.numel() for parameter in construct(spec, config).parameters()),
         "state_size": spec.state_size(config) if spec.state_size else None,
         "model_fields": {name: getattr(config, name) for name in spec.config.model_fields if name not in own},
         "options": {name: {"value": getattr(config, name), "help": field.description} for name, field in own.items()},
@@ -90,6 +91,7 @@ def _laws(spec: BlockSpec, check: bool) -> list[dict[str, Any]]:
     if check:
         for entry, result in zip(laws, run_laws(spec), strict=True):
             entry |= {"held": result.passed, "what": result.what, "measured": result.measured, "limit": result.limit}
+            entry |= {} if result.passed else {"place": result.place}
     return laws
 
 
@@ -124,7 +126,8 @@ def _print_facts(facts: dict[str, Any], hidden_size: int, spec: BlockSpec) -> No
 
 def _verdict(law: dict[str, Any]) -> str:
     verdict = "holds" if law["held"] else "BROKEN"
-    return f"{verdict}: {law['what']}: {law['measured']:.3g}, limit {law['limit']:.3g}"
+    place = f" ({law['place']})" if law.get("place") else ""
+    return f"{verdict}: {law['what']}: {law['measured']:.3g}, limit {law['limit']:.3g}{place}"
 
 
 def schema(

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from ultrazoo.callables import failure
 from ultrazoo.config.layers import BlockUse, Layer
 from ultrazoo.config.problems import ProblemsError, problems_of
 from ultrazoo.errors import ConfigError, PluginError, UnknownNameError, did_you_mean
@@ -254,3 +255,5 @@ def block_config(spec: BlockSpec, model: ModelConfig, position: int | None = Non
             return "model" if loc[0] in shared else homes.get(str(loc[0]), section)
 
         raise ConfigError("\n".join(problems_of(error, prefix, options))) from error
+    except (Exception, SystemExit) as error:  # of a validator or a default of the plugin's
+        raise failure(f"block {spec.name!r}: {spec.config.__name__}", error, spec.config) from error

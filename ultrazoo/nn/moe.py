@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from ultrazoo.nn.bitlinear import NORM_EPS, autocast_dtype, int8_ste, ternary_shares, ternary_ste
 from ultrazoo.nn.block_config import BlockConfig
@@ -105,6 +106,13 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
 
 
 grouped_matmul.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula([torch.ops.ultrazoo.grouped_matmul, torch.ops.ultrazoo.grouped_outer], get_raw=True)
+def _flops(left: Tensor, right: Tensor, ends: Tensor, **kwargs: object) -> int:
+    """A multiplication and an addition for each row of a group, and each element of its matrix."""
+    inner = right.shape[1] * right.shape[2] if right.dim() == 3 else left.shape[1] * right.shape[1]
+    return 2 * int(ends[-1]) * inner
 
 
 def _places(slots: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -72,9 +72,17 @@ class Op:
     """``namespace::name``; calling it runs the compiled kernel or the reference, as the kernel policy says."""
 
     def __init__(
-        self, namespace: str, name: str, dtypes: tuple[torch.dtype, ...], typed: tuple[str, ...], check: Check | None
+        self,
+        namespace: str,
+        name: str,
+        dtypes: tuple[torch.dtype, ...],
+        typed: tuple[str, ...],
+        check: Check | None,
+        *,
+        has_backward: bool,
     ) -> None:
         self.namespace, self.name, self.dtypes, self.check = namespace, name, dtypes, check
+        self.has_backward = has_backward
         self.qualname = f"{namespace}::{name}"
         packet = getattr(getattr(torch.ops, namespace), name)
         self.default: Callable[..., Any] = packet.default
@@ -248,7 +256,9 @@ class OpLibrary:
             raise PluginError(f"{self.origin}: got schema {schema!r}, expected a name without namespace: it is given")
         for full_name in (name, f"{name}.reference"):
             self._torch_library.define(f"{full_name}({arguments}", tags=(torch.Tag.pt2_compliant_tag,))
-        op = _ops[f"{self.namespace}::{name}"] = Op(self.namespace, name, dtypes, typed, check)
+        op = _ops[f"{self.namespace}::{name}"] = Op(
+            self.namespace, name, dtypes, typed, check, has_backward=backward is not None
+        )
         reference, fake = dispatch.checked(check, reference), dispatch.checked(check, fake)
 
         def default_kernel(*args: Any) -> Any:

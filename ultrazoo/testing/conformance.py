@@ -16,6 +16,7 @@ from ultrazoo.registry import registry
 from ultrazoo.spec import BlockSpec, OpSpec
 from ultrazoo.testing import conformance_block as blocks
 from ultrazoo.testing import conformance_parts as parts
+from ultrazoo.testing.conformance_parts import SAMPLES
 from ultrazoo.testing.conformance_result import ConformanceFailure, Finding, Result, Task
 
 __all__ = ["ConformanceFailure", "Finding", "Result", "Task", "conformance_tests", "plan", "plugins_of"]
@@ -103,12 +104,15 @@ def _of_plugin(plugin: Plugin, quick: bool, options: Options) -> Iterator[Task]:
 
 def _of_block(plugin: Plugin, spec: BlockSpec, quick: bool, options: Options) -> Iterator[Task]:
     for check, measure in blocks.checks_of(spec, quick=quick, options=options.get(spec.name, {})):
-        yield Task(plugin=plugin.name, kind=spec.kind, subject=spec.name, check=check, measure=measure)
+        yield Task(
+            plugin=plugin.name, kind=spec.kind, subject=spec.name, check=check, measure=measure, code=spec.module
+        )
 
 
 def _of_op(plugin: Plugin, spec: OpSpec, quick: bool) -> Iterator[Task]:
     for check, measure in parts.checks_of_op(spec, quick=quick):
-        yield Task(plugin=plugin.name, kind="op", subject=spec.name, check=check, measure=measure)
+        code = spec.samples if check == SAMPLES else spec.op
+        yield Task(plugin=plugin.name, kind="op", subject=spec.name, check=check, measure=measure, code=code)
 
 
 def conformance_tests(target: str, *, quick: bool = False, options: Options | None = None) -> Callable[[Task], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ultrazoo.bench.calls import calls_of
 from ultrazoo.bench.timing import interleave
+from ultrazoo.callables import construct
 from ultrazoo.config import ModelConfig, block_config, model_around
 from ultrazoo.ops.library import get_kernel_policy, kernel_status, library_of
 from ultrazoo.registry import registry
@@ -18,8 +19,12 @@ from ultrazoo.spec import BlockSpec
 from ultrazoo.testing import conformance_model as models
 from ultrazoo.testing import conformance_training as training
 from ultrazoo.testing.conformance_result import Finding, absent, bounded, figure
+from ultrazoo.testing.kernel_laws import CPU, compiled_laws_of, hold_on_kernels, kernels_of
 from ultrazoo.testing.law_kit import Subject, packed_rows
-from ultrazoo.testing.laws import LAWS, LawViolation, laws_of
+from ultrazoo.testing.laws import LAWS, LawResult, LawViolation, laws_of
+from ultrazoo.testing.measure import Check as Comparison
+from ultrazoo.testing.measure import badness
+from ultrazoo.testing.model_parity import ModelSubject, check_curve, check_step, kernels_absent, subject_of
 
 Check = Callable[[BlockSpec], Finding]
 YARDSTICK = "standard_attn"
@@ -40,6 +45,8 @@ def checks_of(
     """
     for name in laws_of(spec.kind):
         yield f"law: {name}", functools.partial(_law, name, spec, options)
+    for name in compiled_laws_of(spec, quick=quick):
+        yield f"compiled law: {name}", functools.partial(_compiled_law, name, spec, options)
     if spec.kind == "ffn":
         yield "law: auxiliary values", functools.partial(auxiliary, spec)
     if spec.ops:
@@ -52,6 +59,10 @@ def checks_of(
     }
     if not quick or spec.kind == "embedding":  # the law of the block alone is the quick way
         whole["model: compile"] = models.compiled
+    if spec.ops or (spec.kind == "mixer" and "use_bitnet" in spec.config.model_fields):
+        whole["model: a step on kernels"] = one_step
+        if not quick:
+            whole["model: training on kernels"] = loss_curve
     whole |= {
         "training: loss falls": training.train_model,
         "training: by its own weights": training.train_block,
@@ -64,8 +75,17 @@ def checks_of(
 
 
 def _law(name: str, spec: BlockSpec, options: Mapping[str, Any]) -> Finding:
+    return _held(lambda: LAWS[name](spec, options))
+
+
+def _compiled_law(name: str, spec: BlockSpec, options: Mapping[str, Any]) -> Finding:
+    policy, why = kernels_of(spec.ops)
+    return absent(why) if policy is None else _held(lambda: hold_on_kernels(name, spec, options, policy))
+
+
+def _held(law: Callable[[], LawResult]) -> Finding:
     try:
-        result = LAWS[name](spec, options)
+        result = law()
     except LawViolation as violation:
         result = violation.result
     return Finding(
@@ -74,6 +94,32 @@ def _law(name: str, spec: BlockSpec, options: Mapping[str, Any]) -> Finding:
         measured=result.measured,
         limit=result.limit,
         at_least=result.at_least,
+        place="" if result.passed else result.place,
+    )
+
+
+def one_step(spec: BlockSpec) -> Finding:
+    """Loss and gradients of a model on compiled kernels have the error of the references."""
+    return _on_kernels(spec, check_step)
+
+
+def loss_curve(spec: BlockSpec) -> Finding:
+    """A training run on compiled kernels stays as near to that of the references as rounding lets it."""
+    return _on_kernels(spec, lambda subject: [check_curve(subject)])
+
+
+def _on_kernels(spec: BlockSpec, measure: Callable[[ModelSubject], Iterable[Comparison]]) -> Finding:
+    subject = subject_of(spec, CPU)
+    if subject is None or get_kernel_policy() == "reference":
+        return absent("the kernel policy is reference" if subject else "none of its ops has kernels")
+    missing = kernels_absent(subject)
+    found = [missing] if missing else list(measure(subject))
+    worst = max(found, key=lambda check: (not check.ok, badness(check)))
+    return Finding(
+        state="passed" if worst.ok else "failed",
+        what=f"{worst.check}: {worst.detail}",
+        measured=worst.error,
+        limit=worst.tolerance,
     )
 
 
@@ -81,7 +127,7 @@ def auxiliary(spec: BlockSpec) -> Finding:
     """A feed-forward's second value: scalars with a gradient to be added to the loss, detached tensors to be logged."""
     values = Subject(spec, {}).values
     torch.manual_seed(0)
-    block = spec.module(spec.config(**values)).train()
+    block = construct(spec, spec.config(**values)).train()
     segments, _ = packed_rows()
     x = torch.randn(*segments.shape, values.get("hidden_size", 8)).requires_grad_()
     dirty = torch.where(segments.eq(0).unsqueeze(2), 1e3, x)
@@ -152,7 +198,7 @@ def speed(spec: BlockSpec, *, quick: bool) -> Finding:
     rows, length, seconds = SHAPES[quick]
     block, config = _built(spec)
     other = registry().block("mixer", YARDSTICK)
-    yardstick = other.module(block_config(other, config))
+    yardstick = construct(other, block_config(other, config))
     x = torch.randn(rows, length, config.hidden_size)
     if spec.kind == "embedding":
         ids = torch.randint(models.SPECIAL, models.VOCABULARY, (rows, length))
@@ -185,7 +231,7 @@ def _built(spec: BlockSpec) -> tuple[nn.Module, ModelConfig]:
     def build(width: int) -> tuple[nn.Module, ModelConfig]:
         config = model_around(spec, width)
         torch.manual_seed(0)
-        return spec.module(block_config(spec, config)), config
+        return construct(spec, block_config(spec, config)), config
 
     return models.first_accepted(WIDTHS, build)
 

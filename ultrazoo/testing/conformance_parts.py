@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 
 import torch
@@ -10,14 +11,20 @@ import torch
 from ultrazoo.config import load_config
 from ultrazoo.hookspecs import PLUGIN_API
 from ultrazoo.model import build_model
+from ultrazoo.ops.library import get_kernel_policy, kernel_status
 from ultrazoo.plugins import Plugin
 from ultrazoo.registry import registry
 from ultrazoo.spec import OpSpec, PresetSpec
-from ultrazoo.testing.conformance_result import Finding, bounded, figure
+from ultrazoo.testing.conformance_result import Finding, absent, bounded, figure, finding_of
+from ultrazoo.testing.kernel_laws import kernels_of
 from ultrazoo.testing.measure import Check
+from ultrazoo.testing.model_parity import with_kernels
+from ultrazoo.testing.op_laws import OP_LAWS, hold_kernel, hold_reference
 from ultrazoo.testing.parity import Backend, Cases, backends_of, check_op, isas_of
+from ultrazoo.testing.sample_rules import missing
 
 CPU = torch.device("cpu")
+SAMPLES = "samples: suffice"
 
 
 def loads(plugin: Plugin) -> Finding:
@@ -38,18 +45,45 @@ def own_names(plugin: Plugin) -> Finding:
 
 
 def checks_of_op(spec: OpSpec, *, quick: bool) -> Iterator[tuple[str, Callable[[], Finding]]]:
-    """Yield name and function of each check: one for each dtype, on all of its backends and instruction sets.
+    """Yield name and function of each check: the samples, the laws of documents, and parity in each dtype.
 
     Args:
         spec: The op.
         quick: float32 alone, with the best instruction set, and without torch's slow check of the registration.
     """
+    yield SAMPLES, functools.partial(samples_suffice, spec)
+    if "segments" in inspect.signature(spec.op).parameters:
+        for name in OP_LAWS:
+            yield f"law: {name}", functools.partial(_law, name, spec)
+        for name in OP_LAWS:
+            yield f"compiled law: {name}", functools.partial(_compiled_law, name, spec)
     for dtype in spec.dtypes[:1] if quick else spec.dtypes:
         yield f"parity: {dtype}", functools.partial(parity, spec, dtype, quick=quick)
 
 
+def samples_suffice(spec: OpSpec) -> Finding:
+    """The samples have the sizes, documents and options at which kernels go wrong."""
+    samples = list(spec.samples(CPU, torch.float32))
+    lacks = missing(spec, samples)
+    what = f"add samples with {'; '.join(lacks)}" if lacks else f"{len(samples)} samples"
+    return bounded(f"cases that no sample shows; {what}", float(len(lacks)), 0.0)
+
+
+def _law(name: str, spec: OpSpec) -> Finding:
+    return finding_of(hold_reference(name, spec))
+
+
+def _compiled_law(name: str, spec: OpSpec) -> Finding:
+    policy, why = kernels_of([spec.name])
+    return absent(why) if policy is None else finding_of(hold_kernel(name, spec, policy))
+
+
 def parity(spec: OpSpec, dtype: str, *, quick: bool) -> Finding:
     """Every backend of an op is within the error of its reference in float64, and keeps the rules of memory."""
+    if get_kernel_policy() != "reference" and with_kernels([spec.name], CPU):
+        status = kernel_status(spec.name, "cpu")
+        if not status.compiled:
+            return Finding(state="failed", what=f"kernel exists: {status.detail}; {status.fix}")
     kind: torch.dtype = getattr(torch, dtype)
     cases, found = Cases(spec, CPU, kind), list[Check]()
     for backend in backends_of(spec, CPU):

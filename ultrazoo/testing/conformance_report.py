@@ -23,7 +23,7 @@ from ultrazoo.verdicts import verdict_path
 
 FORMAT = 1
 """Of the JSON; raised when a field changes its meaning or goes."""
-GROUPS = ("law", "ops", "model", "training")
+GROUPS = ("law", "compiled law", "ops", "model", "training")
 """First words of the checks of a block, each a column of badges."""
 FIGURES = {"size: parameters": "parameters", "size: state": "state", "speed: against attention": "time / attention"}
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
+
+from ultrazoo.callables import in_one_line, place_in, place_of
+from ultrazoo.testing.law_kit import Check
 
 State = Literal["passed", "failed", "not applicable", "measured"]
 
@@ -22,6 +25,8 @@ class Finding:
     limit: float | None = None
     at_least: bool = False
     """The limit is the least and not the most that the figure may be."""
+    place: str = ""
+    """``file:line`` in the plugin: where it raised an error, or else the code that is checked; empty if not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +54,8 @@ class Result(Finding):
         if self.measured is not None:
             expected = "" if self.limit is None else f", expected {'at least' if self.at_least else 'at most'} "
             lines.append(f"got {self.measured:.6g}{expected}{'' if self.limit is None else f'{self.limit:.6g}'}")
+        if self.place and self.place not in self.what:
+            lines.append(f"in {self.place}")
         return "\n  ".join(lines)
 
 
@@ -69,6 +76,8 @@ class Task:
     subject: str
     check: str
     measure: Callable[[], Finding] = field(repr=False)
+    code: Callable[..., Any] | None = field(default=None, repr=False)
+    """The module or function that is checked."""
 
     @property
     def group(self) -> str:
@@ -88,9 +97,12 @@ class Task:
                 found = self.measure()
         # foreign code: whatever it raises is a failure of this check alone; sys.exit() too, but not the user's Ctrl-C
         except (Exception, SystemExit) as error:  # noqa: BLE001
-            found = Finding(state="failed", what=raised(error))
+            place = place_in(error, self.code) if self.code else ""
+            found = Finding(state="failed", what=in_one_line(error), place=place)
         finally:
             torch.set_num_threads(threads)
+        if found.state == "failed" and not found.place and self.code is not None:
+            found = replace(found, place=place_of(self.code))
         return Result(
             plugin=self.plugin,
             kind=self.kind,
@@ -116,16 +128,15 @@ class Task:
         return result
 
 
-def raised(error: BaseException) -> str:
-    """Tell an error in one line."""
-    lines = str(error).strip().splitlines()
-    return f"raised {type(error).__name__}: {' '.join(line.strip() for line in lines[:3])}".rstrip(": ")
-
-
 def bounded(what: str, measured: float, limit: float, *, at_least: bool = False) -> Finding:
     """Hold a figure to a limit; NaN fails."""
     holds = measured >= limit if at_least else measured <= limit
     return Finding(state="passed" if holds else "failed", what=what, measured=measured, limit=limit, at_least=at_least)
+
+
+def finding_of(check: Check) -> Finding:
+    """Return the verdict on a check of a law."""
+    return bounded(check.what, check.measured, check.limit, at_least=check.at_least)
 
 
 def figure(what: str, measured: float | None) -> Finding:

@@ -6,14 +6,16 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ultrazoo.callables import construct, in_one_line, place_in, place_of
 from ultrazoo.config import ModelConfig
+from ultrazoo.errors import ConfigError
 from ultrazoo.nn.segments import mask_padding
 from ultrazoo.spec import BlockKind, BlockSpec
 
@@ -40,12 +42,14 @@ class LawResult:
     seconds: float
     at_least: bool = False
     """The limit is the least and not the most that is allowed."""
+    place: str = ""
+    """``file:line`` of the block's code: where it raised an error, or else its ``forward``."""
 
     def __str__(self) -> str:
         verdict = "holds" if self.passed else "BROKEN"
         return (
             f"{self.block}: law {self.number} ({self.law}) {verdict}: {self.what}: {self.measured:.3g}, "
-            f"limit {self.limit:.3g} [{self.seconds:.2f} s]"
+            f"limit {self.limit:.3g} [{self.seconds:.2f} s]{'' if self.passed or not self.place else f' {self.place}'}"
         )
 
 
@@ -65,6 +69,10 @@ class Check:
     measured: float
     limit: float
     at_least: bool = False
+    compared: tuple[Tensor, ...] = field(default=(), repr=False)
+    """What was computed for it, which a kernel must give too (kernel_laws.py)."""
+    gradient: bool = False
+    """``compared`` are gradients."""
 
     @property
     def excess(self) -> float:
@@ -78,10 +86,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Subject:
-    """A block under test, with the options that differ from the tiny defaults."""
+    """A block under test, with the options that differ from the tiny defaults, and the dtype of its numbers."""
 
     spec: BlockSpec
     options: Mapping[str, Any]
+    dtype: torch.dtype = torch.float64
 
     @cached_property
     def values(self) -> dict[str, Any]:
@@ -102,14 +111,14 @@ class Subject:
         for width in WIDTHS:
             values["hidden_size"] = width
             try:
-                self.spec.module(self.spec.config(**values))
-            except (ValueError, RuntimeError) as error:  # pydantic's is a ValueError
+                construct(self.spec, self.spec.config(**values))
+            except (ConfigError, ValueError, RuntimeError) as error:  # pydantic's is a ValueError
                 refusal = error
             else:
                 return values
         raise ValueError(f"accepts none of the widths {', '.join(map(str, WIDTHS))}: {refusal}") from refusal
 
-    def build(self, dtype: torch.dtype = torch.float64, *, seed: int = 0, dropout: float | None = None) -> nn.Module:
+    def build(self, dtype: torch.dtype | None = None, *, seed: int = 0, dropout: float | None = None) -> nn.Module:
         """Build the block in eval mode with every parameter moved off its initial value.
 
         Returns:
@@ -117,16 +126,16 @@ class Subject:
         """
         values = self.values if dropout is None else {**self.values, "dropout": dropout}
         torch.manual_seed(seed)
-        block = _ADAPTERS.get(self.spec.kind, _as_it_is)(self.spec.module(self.spec.config(**values)))
+        block = _ADAPTERS.get(self.spec.kind, _as_it_is)(construct(self.spec, self.spec.config(**values)))
         with torch.no_grad():
             for parameter in block.parameters():
                 parameter.add_(0.3 * torch.randn(parameter.shape))
-        return block.to(dtype).eval()
+        return block.to(dtype or self.dtype).eval()
 
-    def input(self, rows: int, length: int, *, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+    def input(self, rows: int, length: int, *, dtype: torch.dtype | None = None, seed: int = 1) -> Tensor:
         """Draw (rows, length, D) from N(0, 1)."""
         width = self.values.get("hidden_size", WIDTHS[0])
-        return torch.randn(rows, length, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        return torch.randn(rows, length, width, generator=torch.Generator().manual_seed(seed)).to(dtype or self.dtype)
 
     @property
     def has_dropout(self) -> bool:
@@ -163,12 +172,14 @@ def _as_it_is(block: nn.Module) -> nn.Module:
 _ADAPTERS: dict[BlockKind, Callable[[nn.Module], nn.Module]] = {"ffn": _FeedForward, "norm": _Norm}
 
 Law = Callable[..., LawResult]
+Measure = Callable[[Subject], Iterable[Check]]
 LAWS: dict[str, Law] = {}
 """Law by name, in the order of their numbers: ``law(spec, options=None) -> LawResult``, raising ``LawViolation``."""
-_ERRORS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+MEASURES: dict[str, Measure] = {}
+"""The same laws as functions that yield what they measure of a subject."""
 
 
-def law(name: str) -> Callable[[Callable[[Subject], Iterable[Check]]], Law]:
+def law(name: str) -> Callable[[Measure], Law]:
     """Enter a law in ``LAWS`` under the next number.
 
     Args:
@@ -178,43 +189,58 @@ def law(name: str) -> Callable[[Callable[[Subject], Iterable[Check]]], Law]:
         A decorator of a function that yields its measurements of a subject. The law that it makes raises
         ``LawViolation`` when one of them is past its limit, or when the block raises an error.
     """
-    number = len(LAWS) + 1
 
-    def register(measure: Callable[[Subject], Iterable[Check]]) -> Law:
+    def register(measure: Measure) -> Law:
         def hold(spec: BlockSpec, options: Mapping[str, Any] | None = None) -> LawResult:
-            begun = time.perf_counter()
-
-            def result(check: Check) -> LawResult:
-                return LawResult(
-                    number=number,
-                    law=name,
-                    block=spec.name,
-                    passed=check.excess <= 1,
-                    what=check.what,
-                    measured=check.measured,
-                    limit=check.limit,
-                    seconds=time.perf_counter() - begun,
-                    at_least=check.at_least,
-                )
-
-            try:
-                with torch.random.fork_rng(devices=[]):
-                    worst = max(measure(Subject(spec, options or {})), key=lambda check: check.excess)
-            except _ERRORS as error:
-                what = f"raised {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-                raise LawViolation(result(Check(what, math.inf, 0))) from error
-            if worst.excess > 1:
-                raise LawViolation(result(worst))
-            return result(worst)
+            return judge(name, spec, lambda: measure(Subject(spec, options or {})))
 
         hold.__name__, hold.__doc__ = measure.__name__, measure.__doc__
-        LAWS[name] = hold
+        LAWS[name], MEASURES[name] = hold, measure
         return hold
 
     return register
 
 
-def difference(what: str, got: Tensor, expected: Tensor, limit: float = ROUNDING) -> Check:
+def judge(name: str, spec: BlockSpec, measure: Callable[[], Iterable[Check]]) -> LawResult:
+    """Return the check of a law that is nearest to its limit.
+
+    Args:
+        name: The law.
+        spec: The block.
+        measure: Yields the checks; its random numbers leave the caller's as they are.
+
+    Raises:
+        LawViolation: A check is past its limit, or an error was raised.
+    """
+    begun = time.perf_counter()
+
+    def result(check: Check, place: str) -> LawResult:
+        return LawResult(
+            number=list(LAWS).index(name) + 1,
+            law=name,
+            block=spec.name,
+            passed=check.excess <= 1,
+            what=check.what,
+            measured=check.measured,
+            limit=check.limit,
+            seconds=time.perf_counter() - begun,
+            at_least=check.at_least,
+            place=place,
+        )
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            worst = max(measure(), key=lambda check: check.excess)
+    except Exception as error:
+        check = Check(in_one_line(error), math.inf, 0)
+        raise LawViolation(result(check, place_in(error, spec.module))) from error
+    found = result(worst, place_of(spec.module))
+    if worst.excess > 1:
+        raise LawViolation(found)
+    return found
+
+
+def difference(what: str, got: Tensor, expected: Tensor, limit: float = ROUNDING, *, gradient: bool = False) -> Check:
     """Measure the largest difference of two tensors, relative to the largest number expected.
 
     Raises:
@@ -222,9 +248,9 @@ def difference(what: str, got: Tensor, expected: Tensor, limit: float = ROUNDING
     """
     if got.shape != expected.shape:
         raise ValueError(f"{what}: got shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
-    if torch.equal(got, expected):
-        return Check(what, 0.0, limit)
-    return Check(what, ((got - expected).abs().max() / expected.abs().max()).item(), limit)
+    same = torch.equal(got, expected)
+    measured = 0.0 if same else ((got - expected).abs().max() / expected.abs().max()).item()
+    return Check(what, measured, limit, compared=(got.detach(), expected.detach()), gradient=gradient)
 
 
 def finite(what: str, x: Tensor) -> Check:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -13,6 +13,16 @@ from ultrazoo.spec import OpSpec, Sample
 FORWARD_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
 FLOOR_ROUNDINGS = 2.0
+
+
+class HasError(Protocol):
+    """What has an error and a tolerance."""
+
+    @property
+    def error(self) -> float | None: ...
+
+    @property
+    def tolerance(self) -> float | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +109,13 @@ def relative_error(got: torch.Tensor, truth: torch.Tensor) -> float:
     if error != error:
         return float("inf")
     return error / scale if scale > 0 else error
+
+
+def badness(check: HasError) -> float:
+    """Return the share of its tolerance that a check used; infinite for one that could not be measured."""
+    if check.error is None or check.tolerance is None:
+        return float("inf")
+    return check.error / check.tolerance if check.tolerance > 0 else float("inf")
 
 
 def floor_of(dtype: torch.dtype) -> float:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ultrazoo.config import ModelConfig
-from ultrazoo.model import IGNORED, MaskedLM, build_model
+from ultrazoo.model import IGNORED, MaskedLM
 from ultrazoo.ops import loader
 from ultrazoo.ops.library import Policy, kernel_policy, kernel_status, library_of
 from ultrazoo.spec import BlockSpec
+from ultrazoo.testing.conformance_model import model_of
 from ultrazoo.testing.laws import run_laws
 from ultrazoo.testing.measure import FORWARD_FACTOR, GRADIENT_FACTOR, Check, floor_of, relative_error
 
@@ -24,15 +25,66 @@ BITNET_OP = "ultrazoo::bitlinear"
 
 
 def check_block(spec: BlockSpec, device: torch.device) -> Iterator[Check]:
-    """Yield every verdict on a mixer: its laws, and a model made of it on compiled kernels and on references.
-
-    The model of a mixer without ops that have kernels is one of BitLinear layers, if it has those. A plugin's ops count
-    as ultrazoo's own do, where their library has kernel sources.
-    """
+    """Yield every verdict on a mixer: its laws, and a model made of it on compiled kernels and on references."""
     yield from check_laws(spec)
-    proved = with_kernels(spec.ops, device)
-    if proved or "use_bitnet" in spec.config.model_fields:
-        yield from check_model(spec, device, bitnet=not proved)
+    subject = subject_of(spec, device)
+    if subject is not None:
+        yield from check_model(subject)
+
+
+@dataclass(frozen=True)
+class ModelSubject:
+    """A model of two layers to compare on compiled kernels and on references."""
+
+    spec: BlockSpec
+    device: torch.device
+    bitnet: bool = False
+    """Its linear layers are BitLinear, whose kernel is compared too."""
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """The ops that it calls, by full name."""
+        return (*self.spec.ops, BITNET_OP) if self.bitnet else self.spec.ops
+
+    @property
+    def kernels(self) -> list[str]:
+        """Those of the ops that are to have a kernel."""
+        return with_kernels(self.ops, self.device)
+
+    @property
+    def policy(self) -> Policy:
+        """The kernel policy that runs them. Ops without kernels run their references beside them."""
+        return "compiled" if len(self.kernels) == len(self.ops) else "auto"
+
+    def verdict(
+        self, check: str, ok: bool, error: float | None = None, tolerance: float | None = None, detail: str = ""
+    ) -> Check:
+        """Return a verdict on the model."""
+        return Check(
+            subject=f"{self.spec.name}, bitnet" if self.bitnet else self.spec.name,
+            device=str(self.device),
+            dtype="float32",
+            backend="model",
+            check=check,
+            ok=ok,
+            error=error,
+            tolerance=tolerance,
+            detail=detail,
+        )
+
+
+def subject_of(spec: BlockSpec, device: torch.device) -> ModelSubject | None:
+    """Return the model to compare: of the block, or of a mixer with BitLinear layers if its ops have no kernels.
+
+    A plugin's ops count as ultrazoo's own do, where their library has kernel sources.
+
+    Returns:
+        None if there is no kernel to compare.
+    """
+    bitnet = not with_kernels(spec.ops, device)
+    if bitnet and (spec.kind != "mixer" or "use_bitnet" not in spec.config.model_fields):
+        return None
+    return ModelSubject(spec, device, bitnet)
 
 
 def with_kernels(ops: Iterable[str], device: torch.device) -> list[str]:
@@ -63,87 +115,74 @@ def check_laws(spec: BlockSpec) -> Iterator[Check]:
             ok=result.passed,
             error=result.measured,
             tolerance=result.limit,
-            detail=result.what,
+            detail=result.what if result.passed or not result.place else f"{result.what} ({result.place})",
         )
 
 
-def check_model(spec: BlockSpec, device: torch.device, *, bitnet: bool) -> Iterator[Check]:
-    """Compare a model of two layers on compiled kernels and on references.
-
-    The truth of one step is the reference in float64, and the rule is that of the ops. The truth of a training run is
-    the reference's own; how far rounding alone drives two runs apart is measured by further reference runs, whose
-    weights are moved up or down by one rounding after every step. Ops without kernels run their references on both
-    sides.
-
-    Args:
-        spec: The mixer.
-        device: Where.
-        bitnet: Make the linear layers BitLinear, and hold that kernel to its reference too.
-    """
-
-    def verdict(
-        check: str, ok: bool, error: float | None = None, tolerance: float | None = None, detail: str = ""
-    ) -> Check:
-        return Check(
-            subject=f"{spec.name}, bitnet" if bitnet else spec.name,
-            device=str(device),
-            dtype="float32",
-            backend="model",
-            check=check,
-            ok=ok,
-            error=error,
-            tolerance=tolerance,
-            detail=detail,
-        )
-
-    ops = (*spec.ops, BITNET_OP) if bitnet else spec.ops
-    proved = with_kernels(ops, device)
-    absent = [status for op in proved if not (status := kernel_status(op, device.type)).compiled]
-    if absent:
-        yield verdict("kernels exist", False, detail="; ".join(f"{status.op}: {status.detail}" for status in absent))
+def check_model(subject: ModelSubject) -> Iterator[Check]:
+    """Compare a model on compiled kernels and on references, in one step and over a training run."""
+    if absent := kernels_absent(subject):
+        yield absent
         return
-    fast: Policy = "compiled" if len(proved) == len(ops) else "auto"
-    runs = ", ".join(f"{op} {'compiled' if op in proved else 'by its reference'}" for op in ops)
-    loss, gradients = _step(spec, device, fast, torch.float32, bitnet)
-    same_loss, same = _step(spec, device, "reference", torch.float32, bitnet)
-    true_loss, truth = _step(spec, device, "reference", torch.float64, bitnet)
-    error, allowed = relative_error(loss, true_loss), _allowed(same_loss, true_loss, FORWARD_FACTOR)
-    yield verdict("model loss", error <= allowed, error, allowed, runs)
+    step = list(check_step(subject))
+    yield from step
+    if len(step) > 1:
+        yield check_curve(subject)
+
+
+def kernels_absent(subject: ModelSubject) -> Check | None:
+    """Return the failed verdict on kernels that should be there and are not; None if all of them are."""
+    absent = [status for op in subject.kernels if not (status := kernel_status(op, subject.device.type)).compiled]
+    detail = "; ".join(f"{status.op}: {status.detail}; {status.fix}" for status in absent)
+    return subject.verdict("kernels exist", False, detail=detail) if absent else None
+
+
+def check_step(subject: ModelSubject) -> Iterator[Check]:
+    """Compare loss and gradients of one step by the rule of the ops; the truth is the reference in float64.
+
+    The reference's own error is the largest of several runs, whose weights are moved up or down by one rounding: that
+    of a single run may be small by chance.
+    """
+    loss, gradients = _step(subject, subject.policy, torch.float32)
+    own = [_step(subject, "reference", torch.float32, noise=seed) for seed in range(NOISY_RUNS + 1)]
+    true_loss, truth = _step(subject, "reference", torch.float64)
+    runs = ", ".join(f"{op} {'compiled' if op in subject.kernels else 'by its reference'}" for op in subject.ops)
+    error, allowed = relative_error(loss, true_loss), _allowed([same for same, _ in own], true_loss, FORWARD_FACTOR)
+    yield subject.verdict("model loss", error <= allowed, error, allowed, runs)
     if set(gradients) != set(truth):
-        yield verdict("model gradients", False, detail=f"{sorted(set(gradients) ^ set(truth))} missing on one side")
+        detail = f"{sorted(set(gradients) ^ set(truth))} missing on one side"
+        yield subject.verdict("model gradients", False, detail=detail)
         return
     errors = {name: relative_error(gradients[name], want) for name, want in truth.items()}
-    tolerances = {name: _allowed(same[name], want, GRADIENT_FACTOR) for name, want in truth.items()}
+    tolerances = {
+        name: _allowed([same[name] for _, same in own], want, GRADIENT_FACTOR) for name, want in truth.items()
+    }
     worst = max(truth, key=lambda name: errors[name] / tolerances[name])
     detail = f"worst in {worst}, of {len(truth)} parameters"
     ok = errors[worst] <= tolerances[worst]
-    yield verdict("model gradients", ok, errors[worst], tolerances[worst], detail)
-    reference, compiled = (_curve(spec, device, policy, bitnet) for policy in ("reference", fast))
-    noisy = [_curve(spec, device, "reference", bitnet, noise=seed) for seed in range(1, NOISY_RUNS + 1)]
+    yield subject.verdict("model gradients", ok, errors[worst], tolerances[worst], detail)
+
+
+def check_curve(subject: ModelSubject) -> Check:
+    """Compare the losses of a training run with those of the reference.
+
+    How far rounding alone drives two runs apart is measured by further reference runs, whose weights are moved up or
+    down by one rounding after every step.
+    """
+    reference, compiled = (_curve(subject, policy) for policy in ("reference", subject.policy))
+    noisy = [_curve(subject, "reference", noise=seed) for seed in range(1, NOISY_RUNS + 1)]
     drift = max(relative_error(curve, reference) for curve in noisy)
     error, allowed = relative_error(compiled, reference), GRADIENT_FACTOR * drift + floor_of(torch.float32)
     fell = f"loss {reference[0]:.3f} -> {reference[-1]:.3f}, rounding alone {drift:.1e}"
-    yield verdict(f"loss curve of {STEPS} steps", error <= allowed, error, allowed, fell)
+    return subject.verdict(f"loss curve of {STEPS} steps", error <= allowed, error, allowed, fell)
 
 
-def _allowed(same: Tensor, truth: Tensor, factor: float) -> float:
-    return factor * relative_error(same, truth) + floor_of(torch.float32)
+def _allowed(own: Sequence[Tensor], truth: Tensor, factor: float) -> float:
+    return factor * max(relative_error(same, truth) for same in own) + floor_of(torch.float32)
 
 
-def _model(spec: BlockSpec, device: torch.device, bitnet: bool) -> MaskedLM:
-    torch.manual_seed(0)
-    config = ModelConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=2,
-        retention_heads=2,
-        ffn_hidden_size=64,
-        dropout=0.0,
-        layer_pattern=(spec.name,),
-        use_bitnet=bitnet,
-    )
-    return build_model(config).to(device)
+def _model(subject: ModelSubject) -> MaskedLM:
+    return model_of(subject.spec, vocab_size=VOCABULARY, use_bitnet=subject.bitnet).to(subject.device)
 
 
 def _batch(device: torch.device, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,18 +210,27 @@ def _loss(model: MaskedLM, device: torch.device, step: int) -> Tensor:
 
 
 def _step(
-    spec: BlockSpec, device: torch.device, policy: Policy, dtype: torch.dtype, bitnet: bool
+    subject: ModelSubject, policy: Policy, dtype: torch.dtype, noise: int = 0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    model = _model(spec, device, bitnet).to(dtype)
+    model = _model(subject).to(dtype)
+    if noise:
+        _move(model, torch.Generator(subject.device).manual_seed(noise))
     with kernel_policy(policy):
-        loss = _loss(model, device, 0)
+        loss = _loss(model, subject.device, 0)
         loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _curve(spec: BlockSpec, device: torch.device, policy: Policy, bitnet: bool, noise: int = 0) -> Tensor:
+def _move(model: MaskedLM, generator: torch.Generator) -> None:
+    """Move every weight up or down by one rounding."""
+    for p in model.parameters():
+        sign = torch.randint(0, 2, p.shape, generator=generator, device=p.device).mul_(2).sub_(1)
+        p.data.mul_(1 + torch.finfo(p.dtype).eps * sign)
+
+
+def _curve(subject: ModelSubject, policy: Policy, noise: int = 0) -> Tensor:
     """Return the losses (STEPS,) of a run; ``noise``, if not 0, seeds the roundings that its weights are moved by."""
-    model = _model(spec, device, bitnet)
+    model, device = _model(subject), subject.device
     generator = torch.Generator(device).manual_seed(noise)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
@@ -193,7 +241,6 @@ def _curve(spec: BlockSpec, device: torch.device, policy: Policy, bitnet: bool, 
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-            for p in model.parameters() if noise else ():
-                sign = torch.randint(0, 2, p.shape, generator=generator, device=device).mul_(2).sub_(1)
-                p.data.mul_(1 + torch.finfo(p.dtype).eps * sign)
+            if noise:
+                _move(model, generator)
     return torch.stack(losses).double()

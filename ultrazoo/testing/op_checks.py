@@ -14,11 +14,25 @@ from torch.autograd.gradcheck import GradcheckError, gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from ultrazoo.callables import in_one_line, place_in
+from ultrazoo.errors import UltrazooError
 from ultrazoo.spec import OpSpec, Sample
 from ultrazoo.testing.measure import call, floor_of, named_arguments, relative_error, run
 
 GRADCHECK_ELEMENTS = 3000
 """Samples with more input elements than this are left out of gradcheck, whose cost grows with their square."""
+ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    UltrazooError,
+)
+"""What an op may raise that makes a check fail."""
 
 
 class Outcome(NamedTuple):
@@ -28,6 +42,12 @@ class Outcome(NamedTuple):
     error: float | None = None
     tolerance: float | None = None
     detail: str = ""
+
+
+def raised(error: Exception, spec: OpSpec) -> str:
+    """Return an error that an op or its reference raised in one line, with the place in its code."""
+    told, place = in_one_line(error), place_in(error, spec.op)
+    return told if place in told else f"{told} ({place})"
 
 
 def registration(spec: OpSpec, samples: list[Sample]) -> Outcome:

@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 
+from ultrazoo.errors import PluginError
 from ultrazoo.ops import loader
 from ultrazoo.ops.build import X86_FLAGS, folders_of, has_vnni
 from ultrazoo.ops.library import kernel_policy, kernel_status, library_of
@@ -30,12 +31,13 @@ from ultrazoo.testing.measure import (
     GRADIENT_FACTOR,
     Check,
     Run,
+    badness,
     floor_of,
     named_arguments,
     relative_error,
     run,
 )
-from ultrazoo.testing.op_checks import Outcome
+from ultrazoo.testing.op_checks import ERRORS, Outcome
 
 __all__ = [
     "FORWARD_FACTOR",
@@ -52,7 +54,6 @@ __all__ = [
 ]
 
 Backend = Literal["compiled", "reference", "op"]
-_ERRORS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,13 @@ class Cases:
     """The samples of an op in one dtype, with what the reference makes of them, computed once for all backends."""
 
     def __init__(self, spec: OpSpec, device: torch.device, dtype: torch.dtype) -> None:
-        self.samples = list(spec.samples(device, dtype))
+        self._spec, self._device, self._dtype = spec, device, dtype
         self._reference = replace(spec, op=spec.reference)
+
+    @cached_property
+    def samples(self) -> list[Sample]:
+        """The samples."""
+        return list(self._spec.samples(self._device, self._dtype))
 
     @cached_property
     def gaps(self) -> list[Case]:
@@ -115,7 +121,7 @@ def check_op(
         opcheck: Check schema, fake kernel and autograd too, which are the same for every instruction set.
     """
     cases = cases or Cases(spec, device, dtype)
-    samples, found, namespace = cases.samples, list[Check](), namespace_of(spec)
+    found, namespace = list[Check](), namespace_of(spec)
     on_cpu = backend == "compiled" and device.type == "cpu"
     runs_isa = (isa or loader.cpu_isa(namespace) or "") if on_cpu else ""
 
@@ -133,6 +139,11 @@ def check_op(
                 )
             )
 
+    try:
+        samples = cases.samples
+    except PluginError as error:
+        verdict("samples", Outcome(False, detail=str(error)))
+        return iter(found)
     with ExitStack() as stack:
         if isa is not None:
             stack.enter_context(loader.use_cpu_isa(isa, namespace))
@@ -144,43 +155,46 @@ def check_op(
         if backend != "op":
             stack.enter_context(kernel_policy(backend))
         if opcheck:
-            verdict("opcheck", _guarded(lambda: op_checks.registration(spec, samples)))
-        for label, outcome in _accuracy(spec, cases.cases, dtype, backend).items():
+            verdict("opcheck", _guarded(spec, lambda: op_checks.registration(spec, samples)))
+        try:
+            references, gaps = cases.cases, cases.gaps
+        except ERRORS as error:
+            verdict("reference", Outcome(False, detail=op_checks.raised(error, spec)))
+            return iter(found)
+        for label, outcome in _accuracy(spec, references, dtype, backend).items():
             verdict(label, outcome)
-        for label, outcome in _accuracy(spec, cases.gaps, dtype, backend).items():
+        for label, outcome in _accuracy(spec, gaps, dtype, backend).items():
             verdict(f"{label}, padding inside documents", outcome)
         if device.type == "cpu":  # on a GPU it is a device-side assertion, which ends the process
-            verdict("returning documents", _guarded(lambda: op_checks.documents(spec, samples)))
-        verdict("strides and poisoned memory", _guarded(lambda: op_checks.memory(spec, samples, dtype)))
-        verdict("padding is not read", _guarded(lambda: op_checks.padding(spec, samples)))
-        verdict("inputs unmodified", _guarded(lambda: op_checks.unmodified(spec, samples)))
-        verdict("reruns bit-equal", _guarded(lambda: op_checks.repeatable(spec, samples)))
+            verdict("returning documents", _guarded(spec, lambda: op_checks.documents(spec, samples)))
+        verdict("strides and poisoned memory", _guarded(spec, lambda: op_checks.memory(spec, samples, dtype)))
+        verdict("padding is not read", _guarded(spec, lambda: op_checks.padding(spec, samples)))
+        verdict("inputs unmodified", _guarded(spec, lambda: op_checks.unmodified(spec, samples)))
+        verdict("reruns bit-equal", _guarded(spec, lambda: op_checks.repeatable(spec, samples)))
         if on_cpu:
-            verdict("bit-equal at any threads", _guarded(lambda: op_checks.same_by_any_threads(spec, samples)))
+            verdict("bit-equal at any threads", _guarded(spec, lambda: op_checks.same_by_any_threads(spec, samples)))
         exact = spec.differentiable and not spec.straight_through
         if backend == "reference" and exact and dtype == torch.float32:
-            verdict("gradcheck in float64", _guarded(lambda: op_checks.derivatives(spec, samples)))
+            verdict("gradcheck in float64", _guarded(spec, lambda: op_checks.derivatives(spec, samples)))
     return iter(found)
 
 
-def _guarded(measure: Callable[[], Outcome | None]) -> Outcome | None:
+def _guarded(spec: OpSpec, measure: Callable[[], Outcome | None]) -> Outcome | None:
     """Return what a check finds; an error that the op raises is a failure of the check."""
     try:
         return measure()
-    except _ERRORS as error:
-        what = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        return Outcome(False, detail=f"raised {type(error).__name__}: {what}")
+    except ERRORS as error:
+        return Outcome(False, detail=op_checks.raised(error, spec))
 
 
 def _accuracy(spec: OpSpec, cases: list[Case], dtype: torch.dtype, backend: Backend) -> dict[str, Outcome]:
-    """Return the worst ratio of error to tolerance over some samples, for the forward and for each gradient."""
+    """Return the worst ratio of error to tolerance over all samples, for the forward and for each gradient."""
     worst: dict[str, Outcome] = {}
     for case in cases:
         try:
             got = run(spec, case.sample)
-        except _ERRORS as problem:
-            what = f"{case.sample.name}: raised {type(problem).__name__}: {problem}"
-            return {"forward": Outcome(False, detail=what)}
+        except ERRORS as problem:
+            return {"forward": Outcome(False, detail=f"{case.sample.name}: {op_checks.raised(problem, spec)}")}
         for kind, factor in (("outputs", FORWARD_FACTOR), ("gradients", GRADIENT_FACTOR)):
             ours, truth, same = (getattr(each, kind) for each in (got, case.truth, case.same))
             for name in sorted({*ours, *truth}):
@@ -194,15 +208,11 @@ def _accuracy(spec: OpSpec, cases: list[Case], dtype: torch.dtype, backend: Back
                     allowed = factor * relative_error(same[name], truth[name]) + floor_of(dtype)
                 error = relative_error(ours[name], truth[name])
                 outcome = Outcome(error <= allowed, error, allowed, f"worst on {case.sample.name}")
-                if label not in worst or _badness(outcome) > _badness(worst[label]):
+                if label not in worst or badness(outcome) > badness(worst[label]):
                     worst[label] = outcome
+    if cases and spec.differentiable and not any(label.startswith("gradient") for label in worst):
+        worst["gradient"] = Outcome(False, detail="no output has a gradient, and the op is declared differentiable")
     return worst
-
-
-def _badness(outcome: Outcome) -> float:
-    if outcome.error is None or outcome.tolerance is None:
-        return float("inf")
-    return outcome.error / outcome.tolerance if outcome.tolerance > 0 else float("inf")
 
 
 def _reference_tolerance(dtype: torch.dtype) -> float:

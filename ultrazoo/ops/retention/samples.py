@@ -41,6 +41,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample(name="B0", args=draw.tensors(0, 5, 2, 4, 4))
     yield Sample(name="L0", args=draw.tensors(2, 0, 2, 4, 4))
     yield Sample(name="odd sizes, C7", args=draw.tensors(3, 33, 5, 7, 3), kwargs={"chunk_size": 7})
+    yield Sample(name="wider than a vector", args=draw.tensors(1, 37, 1, 19, 35))
     yield Sample(name="C1 causal", args=draw.tensors(1, 9, 2, 4, 4), kwargs={"chunk_size": 1, "causal": True})
 
     fused = torch.randn(2, 3, 70, 3 * 8, generator=draw.generator).to(device, dtype)  # (B, H, L, q k v)
