@@ -87,7 +87,7 @@ def test_memory_of_a_real_step_has_all_tensors_in_it() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "error", "text"),
-    [(0, UltrazooError, "ended with exit code"), (10**9, OutOfMemoryError, "ran out of memory")],
+    [(-1, UltrazooError, "ended with exit code"), (10**9, OutOfMemoryError, "ran out of memory")],
 )
 def test_a_measurement_that_fails_says_why(rows: int, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=f"with {rows} rows {text}"):
