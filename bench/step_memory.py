@@ -64,6 +64,8 @@ def main() -> None:
         config = load_config(preset, sets).config
         flops, seconds = count_flops(build_model(config.model), config)
         memory = measure_memory(config, seconds)
+        if memory is None:
+            raise SystemExit("this system reports no peak memory; run it on Linux")
         peaks = [real_peak(preset, [*sets, *limits]) for _ in range(options.runs)]
         median = statistics.median(peaks)
         shown = ", ".join(f"{peak / 2**20:,.0f}" for peak in peaks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,15 +64,20 @@ def test_memory_is_extrapolated_when_a_batch_takes_long(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(footprint, "_in_a_process", pretend)
     memory = measure_memory(make_config(batch_size=64), seconds=1.0)
+    assert memory is not None
     assert asked == [4, 8]
     assert memory == Memory(weights=100, gradients=100, optimizer=200, peak=500 + 640, rows=(4, 8))
     assert (memory.activations, memory.basis) == (740, "extrapolated from 4 and 8 rows per micro-batch")
-    assert measure_memory(make_config(batch_size=64), seconds=0.1).rows == (64,)
+    short = measure_memory(make_config(batch_size=64), seconds=0.1)
+    assert short is not None and short.rows == (64,)
+    monkeypatch.setattr(footprint, "CLEAR", Path("/no/such"))
+    assert measure_memory(make_config(batch_size=64), seconds=0.1) is None
 
 
 def test_memory_of_a_real_step_has_all_tensors_in_it() -> None:
     config = make_config({"vocab_size": 20_000, "hidden_size": 128, "num_heads": 4}, gradient_accumulation_steps=2)
     memory = measure_memory(config, seconds=0.0)
+    assert memory is not None
     size = sum(p.nbytes for p in build_model(config.model).parameters())
     assert (memory.weights, memory.gradients) == (size, size)
     assert 2 * size <= memory.optimizer < 2.01 * size
@@ -81,7 +87,7 @@ def test_memory_of_a_real_step_has_all_tensors_in_it() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "error", "text"),
-    [(0, UltrazooError, "ended with exit code"), (10**9, OutOfMemoryError, "ran out of memory")],
+    [(-1, UltrazooError, "ended with exit code"), (10**9, OutOfMemoryError, "ran out of memory")],
 )
 def test_a_measurement_that_fails_says_why(rows: int, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=f"with {rows} rows {text}"):

@@ -68,6 +68,13 @@ class Memory:
         verb = "extrapolated from" if len(self.rows) > 1 else "measured with"
         return f"{verb} {' and '.join(map(str, self.rows))} rows per micro-batch"
 
+    def table(self) -> list[tuple[str, str]]:
+        """Rows for people."""
+        sizes = {name: f"{getattr(self, name) / 2**20:,.1f} MiB" for name in ("weights", "gradients", "optimizer")}
+        kept = f"{self.activations / 2**20:,.1f} MiB, with temporaries and what the allocator keeps"
+        peak = f"{self.peak / 2**20:,.1f} MiB at the peak of a step on the CPU, {self.basis}"
+        return [*sizes.items(), ("activations", kept), ("expected memory", peak)]
+
 
 def count_flops(model: MaskedLM, config: Config) -> tuple[float, float]:
     """Return the operations of a step, forward and backward, and the CPU seconds of one row of it."""
@@ -84,8 +91,8 @@ def count_flops(model: MaskedLM, config: Config) -> tuple[float, float]:
     return batch * training.gradient_accumulation_steps, seconds
 
 
-def measure_memory(config: Config, seconds: float) -> Memory:
-    """Measure the peak of a training step in processes of their own.
+def measure_memory(config: Config, seconds: float) -> Memory | None:
+    """Measure the peak of a training step in processes of their own; None where the system reports no peak.
 
     Args:
         config: The whole configuration.
@@ -93,8 +100,10 @@ def measure_memory(config: Config, seconds: float) -> Memory:
 
     Raises:
         OutOfMemoryError: There is not enough memory for what is measured.
-        UltrazooError: The system does not report the peak of a process, or the measurement failed.
+        UltrazooError: The measurement failed.
     """
+    if not (STATUS.exists() and CLEAR.exists()):
+        return None
     batch_size = config.training.batch_size
     parts = min(config.training.gradient_accumulation_steps, MOST_PARTS) * STEPS
     rows = batch_size
@@ -137,8 +146,6 @@ def probe(config: Config, rows: int) -> dict[str, int]:
 
 def _in_a_process(config: Config, rows: int) -> dict[str, int]:
     """``probe`` in a process that has done nothing else."""
-    if not CLEAR.exists():
-        raise UltrazooError(f"memory of a step: {STATUS} is missing; it can be measured on Linux only")
     task = json.dumps({"config": config.to_dict(), "rows": rows})
     command = [sys.executable, "-m", "ultrazoo.bench.footprint"]
     done = subprocess.run(command, input=task, capture_output=True, text=True)

@@ -199,10 +199,6 @@ def _rehearse(config: Config, run_dir: Path) -> None:
             ("tokens per step", f"{per_step} rows x {length} = {per_step * length:,}"),
             ("one random row", f"forwards and backwards, loss {loss.item():.2f}"),
             ("compute per step", f"{flops / 1e9:,.1f} GFLOP, forward and backward"),
-            ("weights", f"{memory.weights / 2**20:,.1f} MiB"),
-            ("gradients", f"{memory.gradients / 2**20:,.1f} MiB"),
-            ("optimizer", f"{memory.optimizer / 2**20:,.1f} MiB"),
-            ("activations", f"{memory.activations / 2**20:,.1f} MiB, with temporaries and what the allocator keeps"),
-            ("expected memory", f"{memory.peak / 2**20:,.1f} MiB at the peak of a step on the CPU, {memory.basis}"),
+            *(memory.table() if memory else [("expected memory", "not measured: this system reports no peak memory")]),
         ],
     )
