@@ -53,7 +53,7 @@ Tensor packed_forward(const Tensor& x, const Tensor& packed, const Tensor& scale
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Optional& bias, double eps) {
   const char* where = "ultrazoo::bitlinear";
-  check(x, weight, bias, eps, where);
+  check_forward(x, weight, bias, eps, where);
   const Tensor w = torch::stable::contiguous(weight);
   Tokens tokens = quantize(x, w.size(1), eps, where);
   Ternary args = ternary_of(w, where);

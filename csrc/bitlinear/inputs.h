@@ -35,7 +35,7 @@ struct Tokens {
 inline void check_eps(const Arguments& args, double eps) { args.range("eps", eps, kLeastEps, kMostEps); }
 
 // Of the training op's forward.
-inline void check(const Tensor& x, const Tensor& weight, const Optional& bias, double eps, const char* where) {
+inline void check_forward(const Tensor& x, const Tensor& weight, const Optional& bias, double eps, const char* where) {
   Arguments args(where, x);
   args.tensor("weight", weight, "N, K");
   args.tensor("x", x, "..., K");
