@@ -221,6 +221,31 @@ def test_compile_in_one_graph() -> None:
         torch.testing.assert_close(got, want)
 
 
+@each_kind
+@pytest.mark.parametrize("autocast", [False, True])
+def test_without_a_kernel_it_compiles_in_one_graph_too(
+    kind: module.Kind, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_runs_plain", torch.compiler.assume_constant_result(lambda *_: True))
+    tensors = [x.requires_grad_() for x in draw(1, 20, 2, 4, 6, torch.float32)]
+    segments = torch.tensor([[1] * 12 + [2] * 8])
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, segments=segments, kind=kind)
+
+    function = torch.compile(call, fullgraph=True, backend="aot_eager")
+    want = call(*tensors)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got, eager = function(*tensors), call(*tensors)
+    assert torch.equal(eager, want)
+    torch.testing.assert_close(got, want)
+    exact = 3e-2 if autocast else 1e-5  # torch traces a backward under the autocast of the call
+    for ours, theirs in zip(
+        torch.autograd.grad(got.sum(), tensors), torch.autograd.grad(want.sum(), tensors), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=exact, atol=exact)
+
+
 def test_arguments_that_do_not_fit_are_refused() -> None:
     q, k, v = draw(2, 6, 2, 4, 3, torch.float32)
     for match, changed in {

@@ -13,7 +13,7 @@ from ultrazoo.callables import construct
 from ultrazoo.config import ModelConfig, block_config
 from ultrazoo.nn.dropout import Dropout
 from ultrazoo.nn.embeddings import EmbeddingConfig, Embeddings, MaskedLMHead
-from ultrazoo.nn.segments import checked, mask_padding
+from ultrazoo.nn.segments import checked, mask_padding, shared
 from ultrazoo.nn.tiles import ROW_TILE
 from ultrazoo.registry import registry
 
@@ -172,7 +172,12 @@ class MaskedLM(nn.Module):
             raise ValueError(
                 f"segments: got shape {tuple(segments.shape)}, expected that of input_ids {tuple(input_ids.shape)}"
             )
-        segments = None if segments is None else checked(segments)
+        if segments is None or torch.compiler.is_compiling():
+            return self._run(input_ids, None if segments is None else checked(segments))
+        with shared(segments) as known:
+            return self._run(input_ids, known)
+
+    def _run(self, input_ids: Tensor, segments: Tensor | None) -> tuple[Tensor, Aux, Aux, Aux]:
         x = self.embeddings(input_ids, segments)
         seen: list[Aux] = []
         for _ in range(self.config.num_loops):

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ultrazoo.ops.segments import Gaps, checked, is_gap
+from ultrazoo.ops.segments import Gaps, checked, is_gap, shared
 
-__all__ = ["Gaps", "checked", "mask_padding", "positions", "same_document", "starts"]
+__all__ = ["Gaps", "checked", "mask_padding", "positions", "same_document", "shared", "starts"]
 
 
 def starts(segments: Tensor) -> Tensor:

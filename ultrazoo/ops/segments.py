@@ -10,6 +10,9 @@ States, windows and convolutions are written for documents without gaps. ``Gaps`
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,8 +39,9 @@ class Gaps:
     def of(cls, segments: Tensor | None) -> Gaps:
         """Check segments and find their gaps.
 
-        On a CPU this costs one pass over the numbers where there are no gaps. On other devices, and under
-        ``torch.compile``, tokens always move, by indices that no host waits for.
+        On a CPU this costs one pass over the numbers where there are no gaps. On other devices, under
+        ``torch.compile`` and the transforms of ``torch.func``, and for fake tensors, tokens always move, by indices
+        that no host waits for.
 
         Args:
             segments: (B, L) int, or None.
@@ -49,6 +53,10 @@ class Gaps:
         """
         if segments is None:
             return cls(None)
+        if not torch.compiler.is_compiling():
+            known, gaps = getattr(_shared, "known", (None, cls(None)))
+            if segments is known:
+                return gaps
         if segments.dim() != 2:
             raise ValueError(f"segments: got shape {tuple(segments.shape)}, expected (B, L); one number per token")
         if segments.is_floating_point() or segments.dtype == torch.bool:
@@ -56,7 +64,7 @@ class Gaps:
         segments = segments.to(torch.int64)
         if segments.numel() == 0:
             return cls(segments)
-        if segments.is_cpu and not torch.compiler.is_compiling() and not _has_gaps(segments):
+        if _is_readable(segments) and not _has_gaps(segments):
             return cls(segments)
         to_closed, to_open = _moves(segments)
         return cls(_move(segments, to_closed), to_closed, to_open)
@@ -68,11 +76,11 @@ class Gaps:
 
     def close(self, x: Tensor) -> Tensor:
         """Move the gaps of each row of x (B, L, ...) to its end; x itself where no token moves."""
-        return x if self._to_closed is None else _Move.apply(x, self._to_closed, self._to_open)
+        return _moved(x, self._to_closed, self._to_open)
 
     def open(self, x: Tensor) -> Tensor:
         """Undo ``close``."""
-        return x if self._to_closed is None else _Move.apply(x, self._to_open, self._to_closed)
+        return _moved(x, self._to_open, self._to_closed)
 
 
 def checked(segments: Tensor) -> Tensor:
@@ -80,6 +88,51 @@ def checked(segments: Tensor) -> Tensor:
     gaps = Gaps.of(segments)
     assert gaps.segments is not None
     return gaps.open(gaps.segments)
+
+
+def _is_readable(x: Tensor) -> bool:
+    """Whether the host has the numbers of a tensor: not those of a graph, of a transform or of a fake tensor."""
+    return x.is_cpu and not torch.compiler.is_compiling() and not _is_transformed() and type(x) is Tensor
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` or ``torch.jit.trace`` runs."""
+    return torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+
+
+def _moved(x: Tensor, index: Tensor | None, inverse: Tensor | None) -> Tensor:
+    if index is None:
+        return x
+    if not torch.compiler.is_compiling() and _is_transformed():  # these do not take such an autograd function
+        return _move(x, index)
+    moved: Tensor = _Move.apply(x, index, inverse)
+    return moved
+
+
+_shared = threading.local()
+"""``known``: the segments of ``shared`` and their ``Gaps``."""
+
+
+@contextmanager
+def shared(segments: Tensor) -> Iterator[Tensor]:
+    """Check segments once for all that runs in the body: ``Gaps.of`` finds there what it found before.
+
+    Args:
+        segments: (B, L) int, not written to in the body.
+
+    What a checkpoint computes again after the body gets its own ``Gaps``, which move tokens where these do.
+
+    Yields:
+        The segments as int64, gaps included: this very tensor is known in the body, in this thread.
+    """
+    gaps, before = Gaps.of(segments), getattr(_shared, "known", (None, Gaps(None)))
+    assert gaps.segments is not None
+    given = gaps.open(gaps.segments)
+    _shared.known = given, gaps
+    try:
+        yield given
+    finally:
+        _shared.known = before
 
 
 class _Move(torch.autograd.Function):
