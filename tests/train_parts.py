@@ -125,7 +125,7 @@ class TinyModel(nn.Module):
                 self.poisoned.append(row)
                 loss = loss * float("nan")
         aux = {"balance_loss": 0.01 * x[segments > 0].square().mean()}
-        stats = {"load": torch.tensor([0.25, 0.75]), "moe_load": torch.tensor([[0.2, 0.3, 0.25, 0.25], [0.25] * 4])}
+        stats = {"load": torch.tensor([0.25, 0.75]), "moe_load": torch.tensor([[0.125, 0.375, 0.25, 0.25], [0.25] * 4])}
         return MaskedLMOutput(x, logits, loss, logits.shape[0], aux, stats)
 
 
