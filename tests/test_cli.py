@@ -16,8 +16,10 @@ import yaml
 from cli_parts import call, train_tiny, write_config
 
 import ultrazoo
+from ultrazoo.bench import footprint
 from ultrazoo.cli.use import _shown
 from ultrazoo.config import load_config
+from ultrazoo.ops.policy import get_kernel_policy
 
 Capture = pytest.CaptureFixture[str]
 
@@ -82,6 +84,20 @@ def test_dry_run_builds_the_model_and_writes_nothing(
     assert call("train", config, "--dry-run", "--set", "training.local_parquet_dir=/no/such") == 1
     assert "training.local_parquet_dir: /no/such: no such file" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_dry_run_follows_the_kernel_policy_of_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policies = []
+
+    def measured(*_: object) -> None:
+        policies.append(get_kernel_policy())
+
+    monkeypatch.setattr(footprint, "measure_memory", measured)
+    before = get_kernel_policy()
+    for policy in ("reference", "auto"):
+        assert call("train", write_config(tmp_path), "--dry-run", "--set", f"training.kernels={policy}") == 0
+    assert policies == ["reference", before]
+    assert get_kernel_policy() == before
 
 
 def test_profile_steps_without_profile_are_no_call(capsys: Capture, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_the_loss_falls_and_records_come_at_their_intervals(tmp_path: Path) -> N
     last = recorder.records[-2]
     assert last["step"] == 80
     assert last["tokens"] == trainer.progress.tokens == sum(rows(index, 1).num_tokens for index in range(320))
-    assert last["stats"] == {"load": [0.25, 0.75]}
+    assert last["stats"] == {"load": [0.25, 0.75], "moe_load": [[0.125, 0.375, 0.25, 0.25], [0.25] * 4]}
     assert set(last) >= {"lr", "grad_norm", "tokens_per_second", "balance_loss", "epoch", "memory_bytes", "seconds"}
     result = trainer.result(tmp_path)
     assert result["validation_perplexity"] == pytest.approx(math.exp(result["validation_loss"]))

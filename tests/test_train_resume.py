@@ -95,8 +95,9 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_run_to_the_bit(
     for file in ("model.safetensors", "optimizer.safetensors"):
         assert (ends[0] / file).read_bytes() == (ends[1] / file).read_bytes(), file
     states = [read_state(end) for end in ends]
-    for key in ("rng", "data", "window", "epoch", "validation_loss"):
+    for key in ("rng", "data", "window", "watch", "epoch", "validation_loss"):
         assert states[0][key] == states[1][key], key
+    assert states[0]["watch"]["router"]["loads"]["moe_load"], "the loads of experts are part of the state"
     if "use_galore" in settings:
         assert any(name.endswith("/basis") for name in read_tensors(ends[1] / "optimizer.safetensors"))
 

@@ -125,7 +125,8 @@ class TinyModel(nn.Module):
                 self.poisoned.append(row)
                 loss = loss * float("nan")
         aux = {"balance_loss": 0.01 * x[segments > 0].square().mean()}
-        return MaskedLMOutput(x, logits, loss, logits.shape[0], aux, {"load": torch.tensor([0.25, 0.75])})
+        stats = {"load": torch.tensor([0.25, 0.75]), "moe_load": torch.tensor([[0.125, 0.375, 0.25, 0.25], [0.25] * 4])}
+        return MaskedLMOutput(x, logits, loss, logits.shape[0], aux, stats)
 
 
 def make_config(**training: Any) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -159,6 +160,7 @@ def _rehearse(config: Config, run_dir: Path) -> None:
     from ultrazoo.data.finding import find_files, summary
     from ultrazoo.errors import NonFiniteError
     from ultrazoo.model import build_model, parameter_table
+    from ultrazoo.ops.library import kernel_policy
     from ultrazoo.train.memory import memory_told
     from ultrazoo.train.optim import build_optimizer
     from ultrazoo.train.run import require_packages
@@ -167,7 +169,8 @@ def _rehearse(config: Config, run_dir: Path) -> None:
     found = find_files(config.training.local_parquet_dir)
     if found.skipped:
         say(f"data: skipped {summary(found.skipped, found.root)}")
-    with memory_told():
+    policy = config.training.kernels
+    with memory_told(), nullcontext() if policy == "auto" else kernel_policy(policy):
         torch.manual_seed(config.training.seed)
         model = build_model(config.model)
         _, optimizer = build_optimizer(model, config.training)

@@ -50,9 +50,9 @@ class Losses(TypedDict):
 
 @keep_unknown
 class Routers(TypedDict):
-    """Recent loads of the experts, by layer."""
+    """Recent loads of the experts: statistic -> record -> layer -> expert."""
 
-    loads: dict[str, list[list[float]]]
+    loads: dict[str, list[list[list[float]]]]
     told: list[str]
 
 
