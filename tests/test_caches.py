@@ -154,7 +154,7 @@ def test_without_a_home_folder_the_temporary_files_serve(
     def missing() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", missing)
     mine = temporary / f"ultrazoo-{os.geteuid()}"
     assert caches.cache_home() == mine and build.cache_folder() == mine / "kernels"

@@ -198,7 +198,7 @@ def test_a_folder_that_cannot_be_written_or_is_full_is_named(folder: Path, monke
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(DataError, match=r"training\.cache_dir: .*No space left on device.*free some space"):
             build(folder)
     assert not caches(folder) and not list((folder / "cache").glob("*.partial/shard*"))
@@ -211,4 +211,5 @@ def test_the_folder_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert cache.default_cache_dir() == tmp_path / "ultrazoo" / "data"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
     assert cache.default_cache_dir() == tmp_path / "home" / ".cache" / "ultrazoo" / "data"

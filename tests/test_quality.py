@@ -264,7 +264,7 @@ def test_a_wrong_call_ends_with_2(
 def test_the_cores_time_is_refused_where_they_do_not_do_the_work(
     arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ultrazoo.train.runtime.pick_device", torch.device)
+    monkeypatch.setattr("ultrazoo.train.runtime.pick_device", lambda name, where: torch.device(name))
     assert call("bench", *arguments, "--cpu-time", "--device", "cuda") == 2
     assert "--cpu-time: got it with device 'cuda', expected cpu" in " ".join(capsys.readouterr().err.split())
 
