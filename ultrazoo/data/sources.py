@@ -256,7 +256,7 @@ def _describe(path: Path, text_column: str) -> tuple[Identity, tuple[int, ...], 
     """The identity of a file, rows of each of its row groups, and what its text column holds."""
     if not path.is_file():
         what = f"a link to {path.readlink()}, which is not there" if path.is_symlink() else "not a file"
-        raise DamagedError(f"{path}: {what}; expected a Parquet file; mend it, or take it out of the data")
+        raise DamagedError(f"{path}: {what}; expected a Parquet file; repair it, or remove it from the data")
     identity = Identity.of(path.stat())
     with (
         open_parquet(path) as parquet,

@@ -115,12 +115,12 @@ _shared = threading.local()
 
 @contextmanager
 def shared(segments: Tensor) -> Iterator[Tensor]:
-    """Check segments once for all that runs in the body: ``Gaps.of`` finds there what it found before.
+    """Check segments once for all that runs in the body: ``Gaps.of`` returns there what it found before.
+
+    A layer that gradient checkpointing recomputes after the body gets its own ``Gaps``, which move the same tokens.
 
     Args:
         segments: (B, L) int, not written to in the body.
-
-    What a checkpoint computes again after the body gets its own ``Gaps``, which move tokens where these do.
 
     Yields:
         The segments as int64, gaps included: this very tensor is known in the body, in this thread.
