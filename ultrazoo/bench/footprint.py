@@ -37,6 +37,8 @@ from ultrazoo.train.runtime import memory_bytes, prepared
 
 PROBE_SECONDS = 30.0
 """CPU time for measuring memory, about; more rows than fit are extrapolated."""
+SMALLEST_PROBE = 4
+"""Rows that are measured at least, if the batch has them; the heap of 1 and 2 rows says too little about many."""
 STEPS, MOST_PARTS = 2, 2
 """Steps and micro-batches that are measured: the first step makes the optimizer's state, and further ones repeat it."""
 COUNTED_TOKENS = 512
@@ -107,7 +109,7 @@ def measure_memory(config: Config, seconds: float) -> Memory | None:
     batch_size = config.training.batch_size
     parts = min(config.training.gradient_accumulation_steps, MOST_PARTS) * STEPS
     rows = batch_size
-    while rows > 2 and seconds * parts * rows > PROBE_SECONDS:
+    while rows > SMALLEST_PROBE and seconds * parts * rows > PROBE_SECONDS:
         rows = -(-rows // 2)
     sizes = (rows,) if rows == batch_size else (-(-rows // 2), rows)
     found = [_in_a_process(config, size) for size in sizes]
